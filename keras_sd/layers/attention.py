@@ -1,0 +1,203 @@
+"""Attention: the kernel, the multi-head layer, and the U-Net's spatial transformer."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_sd.layers.group_norm import GroupNorm
+
+# Above this many scores the queries are taken in chunks: 4096 queries × 4096 keys × 16 heads would be 1 GB in float32.
+MAX_SCORES = 2**25
+
+
+def dot_product_attention(query, key, value, is_causal=False):
+    """Scaled dot-product attention, softmax in float32.
+
+    JAX and torch use the fused kernel that Keras exposes. Elsewhere the score matrix is computed in chunks of queries
+    once it would hold more than `MAX_SCORES` numbers (Rabe & Staats, 2021, arXiv 2112.05682; here only the queries
+    are split, so that the softmax stays exact).
+
+    Args:
+        query: (B, N, heads, head_dim).
+        key, value: (B, M, heads, head_dim).
+        is_causal: position i sees positions 0 … i only.
+
+    Returns:
+        (B, N, heads, head_dim), in the dtype of `query`.
+
+    Reference: Vaswani et al. (2017), arXiv 1706.03762, equation 1.
+    """
+    if keras.backend.backend() in ("jax", "torch"):
+        return ops.dot_product_attention(query, key, value, is_causal=is_causal)
+    query, key, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
+    query = query * ops.cast(1 / math.sqrt(query.shape[-1]), query.dtype)
+    key = ops.transpose(key, (0, 1, 3, 2))
+    chunks = [query] if is_causal else _query_chunks(query, key)
+    attended = [_attend(chunk, key, value, is_causal) for chunk in chunks]
+    attended = attended[0] if len(attended) == 1 else ops.concatenate(attended, axis=2)
+    return ops.transpose(attended, (0, 2, 1, 3))
+
+
+def _attend(query, key, value, is_causal):
+    scores = ops.cast(ops.matmul(query, key), "float32")
+    if is_causal:
+        positions = ops.arange(scores.shape[-1])
+        scores = ops.where(positions[None, :] > positions[:, None], -1e9, scores)
+    return ops.matmul(ops.cast(ops.softmax(scores, axis=-1), value.dtype), value)
+
+
+def _query_chunks(query, key):
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[-1]
+    if None in (queries, keys):
+        return [query]
+    count = math.ceil((batch or 1) * heads * queries * keys / MAX_SCORES)
+    size = math.ceil(queries / min(count, queries))
+    return [query[:, :, start : start + size] for start in range(0, queries, size)]
+
+
+@keras.saving.register_keras_serializable(package="keras_sd")
+class Attention(keras.layers.Layer):
+    """Multi-head attention over a sequence.
+
+    Args:
+        dim: width of the input and of the result.
+        num_heads: number of heads; `dim` must be a multiple of it.
+        use_bias: bias in the query, key and value projections; the output projection always has one.
+        is_causal: position i sees positions 0 … i only.
+        names: names of the query, key, value and output projections.
+
+    Call arguments:
+        x: (B, N, dim).
+        context: (B, M, any width) for cross-attention; by default `x` itself.
+
+    Returns:
+        (B, N, dim).
+    """
+
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        use_bias=False,
+        is_causal=False,
+        names=("to_q", "to_k", "to_v", "to_out.0"),
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.dim, self.num_heads, self.is_causal = dim, num_heads, is_causal
+        self.query, self.key, self.value, self.output_projection = (
+            keras.layers.Dense(dim, use_bias=use_bias or name == names[-1], name=name, dtype=self.dtype_policy)
+            for name in names
+        )
+
+    def build(self, x_shape, context_shape=None):
+        self.query.build(x_shape)
+        self.key.build(context_shape or x_shape)
+        self.value.build(context_shape or x_shape)
+        self.output_projection.build(x_shape)
+
+    def call(self, x, context=None):
+        context = x if context is None else context
+        query, key, value = (self._split(f(y)) for f, y in ((self.query, x), (self.key, context), (self.value, context)))
+        attended = dot_product_attention(query, key, value, self.is_causal)
+        return self.output_projection(ops.reshape(attended, (-1, *self._length(x), self.dim)))
+
+    def _split(self, x):
+        return ops.reshape(x, (-1, *self._length(x), self.num_heads, self.dim // self.num_heads))
+
+    @staticmethod
+    def _length(x):
+        return (ops.shape(x)[1],)
+
+
+@keras.saving.register_keras_serializable(package="keras_sd")
+class GEGLU(keras.layers.Layer):
+    """Dense → gelu(gate) · value, with exact GELU: (B, N, C) → (B, N, dim).
+
+    Reference: Shazeer (2020), GLU Variants Improve Transformer, arXiv 2002.05202.
+    """
+
+    def __init__(self, dim, **kwargs):
+        super().__init__(**kwargs)
+        self.proj = keras.layers.Dense(2 * dim, name="proj", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        self.proj.build(input_shape)
+
+    def call(self, x):
+        value, gate = ops.split(self.proj(x), 2, axis=-1)
+        return value * ops.gelu(gate, approximate=False)
+
+
+@keras.saving.register_keras_serializable(package="keras_sd")
+class TransformerBlock(keras.layers.Layer):
+    """Self-attention, cross-attention and a gated feed-forward layer, each with LayerNorm before and a skip around it.
+
+    Call arguments:
+        x: (B, N, dim).
+        context: (B, M, any width).
+    """
+
+    def __init__(self, dim, num_heads, **kwargs):
+        super().__init__(**kwargs)
+        self.norm1, self.norm2, self.norm3 = (
+            keras.layers.LayerNormalization(epsilon=1e-5, name=f"norm{i}", dtype=self.dtype_policy) for i in (1, 2, 3)
+        )
+        self.attn1 = Attention(dim, num_heads, name="attn1", dtype=self.dtype_policy)
+        self.attn2 = Attention(dim, num_heads, name="attn2", dtype=self.dtype_policy)
+        self.geglu = GEGLU(4 * dim, name="ff.net.0", dtype=self.dtype_policy)
+        self.dense = keras.layers.Dense(dim, name="ff.net.2", dtype=self.dtype_policy)
+
+    def build(self, x_shape, context_shape):
+        for layer in (self.norm1, self.norm2, self.norm3, self.attn1, self.geglu):
+            layer.build(x_shape)
+        self.attn2.build(x_shape, context_shape)
+        self.dense.build((*x_shape[:-1], 4 * x_shape[-1]))
+
+    def call(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.dense(self.geglu(self.norm3(x)))
+
+
+@keras.saving.register_keras_serializable(package="keras_sd")
+class SpatialTransformer(keras.layers.Layer):
+    """A transformer block over the positions of a picture, steered by the text.
+
+    Args:
+        dim: channels of the picture.
+        num_heads: attention heads.
+        groups: groups of the normalization before the projection.
+        use_linear_projection: Dense instead of 1×1 convolutions around the block, as SD v2 has it.
+
+    Call arguments:
+        x: (B, H, W, dim).
+        context: (B, M, any width).
+
+    Reference: Rombach et al. (2022), arXiv 2112.10752, appendix E.2.1.
+    """
+
+    def __init__(self, dim, num_heads, groups=32, use_linear_projection=False, **kwargs):
+        super().__init__(**kwargs)
+        self.dim, self.use_linear_projection = dim, use_linear_projection
+        self.norm = GroupNorm(groups, epsilon=1e-6, name="norm", dtype=self.dtype_policy)
+        self.block = TransformerBlock(dim, num_heads, name="transformer_blocks.0", dtype=self.dtype_policy)
+        self.proj_in, self.proj_out = (
+            keras.layers.Dense(dim, name=name, dtype=self.dtype_policy)
+            if use_linear_projection
+            else keras.layers.Conv2D(dim, 1, name=name, dtype=self.dtype_policy)
+            for name in ("proj_in", "proj_out")
+        )
+
+    def build(self, x_shape, context_shape):
+        for layer in (self.norm, self.proj_in, self.proj_out):
+            layer.build(x_shape)
+        self.block.build((x_shape[0], None, self.dim), context_shape)
+
+    def call(self, x, context):
+        height, width = ops.shape(x)[1:3]
+        hidden = ops.reshape(self.proj_in(self.norm(x)), (-1, height * width, self.dim))
+        hidden = ops.reshape(self.block(hidden, context), (-1, height, width, self.dim))
+        return x + self.proj_out(hidden)

@@ -1,0 +1,50 @@
+"""Halving and doubling of height and width, each with its 3×3 convolution."""
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="keras_sd")
+class Downsample(keras.layers.Layer):
+    """3×3 convolution with stride 2: (B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, filters).
+
+    Args:
+        filters: output channels.
+        padding: rows and columns of zeros (before, after): (1, 1) in the U-Net, (0, 1) in the autoencoder, where an odd
+            size rounds down.
+    """
+
+    def __init__(self, filters, padding=(1, 1), **kwargs):
+        super().__init__(**kwargs)
+        self.pad = keras.layers.ZeroPadding2D((tuple(padding), tuple(padding)), dtype=self.dtype_policy)
+        self.conv = keras.layers.Conv2D(filters, 3, strides=2, name="conv", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        self.conv.build(input_shape)
+
+    def call(self, x):
+        return self.conv(self.pad(x))
+
+
+@keras.saving.register_keras_serializable(package="keras_sd")
+class Upsample(keras.layers.Layer):
+    """Nearest-neighbour doubling, then a 3×3 convolution: (B, H, W, C) → (B, 2H, 2W, filters).
+
+    Call arguments:
+        x: (B, H, W, C).
+        like: optional tensor whose height and width the result takes (2H or 2H - 1, 2W or 2W - 1): the next skip
+            connection, where a level's size was odd.
+    """
+
+    def __init__(self, filters, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = keras.layers.Conv2D(filters, 3, padding="same", name="conv", dtype=self.dtype_policy)
+
+    def build(self, x_shape, like_shape=None):
+        self.conv.build(x_shape)
+
+    def call(self, x, like=None):
+        x = ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
+        if like is not None:
+            x = x[:, : ops.shape(like)[1], : ops.shape(like)[2]]
+        return self.conv(x)

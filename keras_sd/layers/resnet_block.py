@@ -1,0 +1,59 @@
+"""Residual block of the U-Net and the autoencoder."""
+
+import keras
+from keras import ops
+
+from keras_sd.layers.group_norm import GroupNorm
+
+
+@keras.saving.register_keras_serializable(package="keras_sd")
+class ResnetBlock(keras.layers.Layer):
+    """GroupNorm → SiLU → conv, twice, around a skip connection; the timestep is added in the middle.
+
+    Args:
+        filters: output channels; where they differ from the input's, the skip connection is a 1×1 convolution.
+        groups: groups of the two normalizations.
+        epsilon: epsilon of the two normalizations.
+        time: whether a timestep embedding is added.
+
+    Call arguments:
+        x: (B, H, W, C).
+        time_embedding: (B, T), only with `time=True`.
+
+    Returns:
+        (B, H, W, filters).
+
+    Reference: Ho et al. (2020), arXiv 2006.11239, appendix B.
+    """
+
+    def __init__(self, filters, groups=32, epsilon=1e-5, time=False, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        conv = dict(filters=filters, kernel_size=3, padding="same", dtype=self.dtype_policy)
+        self.norm1 = GroupNorm(groups, epsilon=epsilon, name="norm1", dtype=self.dtype_policy)
+        self.conv1 = keras.layers.Conv2D(**conv, name="conv1")
+        self.time_emb_proj = (
+            keras.layers.Dense(filters, name="time_emb_proj", dtype=self.dtype_policy) if time else None
+        )
+        self.norm2 = GroupNorm(groups, epsilon=epsilon, name="norm2", dtype=self.dtype_policy)
+        self.conv2 = keras.layers.Conv2D(**conv, name="conv2")
+        self.conv_shortcut = None
+
+    def build(self, x_shape, time_embedding_shape=None):
+        hidden = (*x_shape[:-1], self.filters)
+        self.norm1.build(x_shape)
+        self.conv1.build(x_shape)
+        if self.time_emb_proj:
+            self.time_emb_proj.build(time_embedding_shape)
+        self.norm2.build(hidden)
+        self.conv2.build(hidden)
+        if x_shape[-1] != self.filters:
+            self.conv_shortcut = keras.layers.Conv2D(self.filters, 1, name="conv_shortcut", dtype=self.dtype_policy)
+            self.conv_shortcut.build(x_shape)
+
+    def call(self, x, time_embedding=None):
+        hidden = self.conv1(ops.silu(self.norm1(x)))
+        if self.time_emb_proj:
+            hidden = hidden + self.time_emb_proj(ops.silu(time_embedding))[:, None, None]
+        hidden = self.conv2(ops.silu(self.norm2(hidden)))
+        return hidden + (self.conv_shortcut(x) if self.conv_shortcut else x)

@@ -1,0 +1,8 @@
+"""The four networks of Stable Diffusion, as functional Keras models."""
+
+from keras_sd.models.decoder import Decoder
+from keras_sd.models.diffusion_model import DiffusionModel
+from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.text_encoder import TextEncoder
+
+__all__ = ["Decoder", "DiffusionModel", "ImageEncoder", "TextEncoder"]

@@ -1,0 +1,127 @@
+"""The U-Net that predicts the noise."""
+
+import keras
+from keras import ops
+
+from keras_sd.layers import Downsample, GroupNorm, ResnetBlock, SpatialTransformer, Upsample
+
+
+@keras.saving.register_keras_serializable(package="keras_sd")
+class DiffusionModel(keras.Model):
+    """U-Net with cross-attention to the text. Fully convolutional; defaults are those of SD v1.
+
+    SD v2 differs in `num_attention_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True`.
+
+    Args:
+        in_channels: channels of the latent, 4; 9 in the inpainting model.
+        out_channels: channels of the prediction.
+        block_out_channels: channels of each level; each level halves height and width.
+        layers_per_block: residual blocks per level on the way down; one more on the way up.
+        attention_levels: for each level, whether it has spatial transformers.
+        num_attention_heads: heads, one number or one per level.
+        cross_attention_dim: width of the context.
+        use_linear_projection: Dense rather than 1×1 convolutions around the transformers.
+        norm_num_groups: groups of all group normalizations.
+        dtype: Keras dtype policy, e.g. "bfloat16" or "mixed_bfloat16".
+
+    Call arguments:
+        dict with `latent` (B, h, w, in_channels), `timestep_embedding` (B, block_out_channels[0]), see
+        `keras_sd.layers.timestep_embedding`, and `context` (B, 77, cross_attention_dim). Any h and w.
+
+    Returns:
+        prediction (B, h, w, out_channels): ε, v or x0, as the scheduler's prediction type says.
+
+    Example:
+        model = DiffusionModel(block_out_channels=(64, 128), attention_levels=(True, False), cross_attention_dim=64)
+
+    Reference: Rombach et al. (2022), High-Resolution Image Synthesis with Latent Diffusion Models, arXiv 2112.10752.
+    """
+
+    def __init__(
+        self,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        attention_levels=(True, True, True, False),
+        num_attention_heads=8,
+        cross_attention_dim=768,
+        use_linear_projection=False,
+        norm_num_groups=32,
+        name="diffusion_model",
+        dtype=None,
+    ):
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        widths = tuple(block_out_channels)
+        heads = _per_level(num_attention_heads, widths, "num_attention_heads")
+        attends = _per_level(attention_levels, widths, "attention_levels")
+        last = len(widths) - 1
+
+        # === Layers ===
+        def conv(filters, name):
+            return keras.layers.Conv2D(filters, 3, padding="same", name=name, dtype=dtype)
+
+        def resnet(filters, name):
+            return ResnetBlock(filters, norm_num_groups, time=True, name=name, dtype=dtype)
+
+        def transformer(level, name):
+            return SpatialTransformer(
+                widths[level], heads[level], norm_num_groups, use_linear_projection, name=name, dtype=dtype
+            )
+
+        # === Functional model ===
+        latent = keras.Input((None, None, in_channels), name="latent")
+        timestep = keras.Input((widths[0],), name="timestep_embedding")
+        context = keras.Input((None, cross_attention_dim), name="context")
+
+        time = keras.layers.Dense(4 * widths[0], name="time_embedding.linear_1", dtype=dtype)(timestep)
+        time = keras.layers.Dense(4 * widths[0], name="time_embedding.linear_2", dtype=dtype)(ops.silu(time))
+
+        x = conv(widths[0], "conv_in")(latent)
+        skips = [x]
+        for level, width in enumerate(widths):
+            block = f"down_blocks.{level}"
+            for i in range(layers_per_block):
+                x = resnet(width, f"{block}.resnets.{i}")(x, time)
+                if attends[level]:
+                    x = transformer(level, f"{block}.attentions.{i}")(x, context)
+                skips.append(x)
+            if level < last:
+                x = Downsample(width, name=f"{block}.downsamplers.0", dtype=dtype)(x)
+                skips.append(x)
+
+        x = resnet(widths[-1], "mid_block.resnets.0")(x, time)
+        x = transformer(last, "mid_block.attentions.0")(x, context)
+        x = resnet(widths[-1], "mid_block.resnets.1")(x, time)
+
+        for block_index, level in enumerate(reversed(range(len(widths)))):
+            block = f"up_blocks.{block_index}"
+            for i in range(layers_per_block + 1):
+                x = ops.concatenate([x, skips.pop()], axis=-1)
+                x = resnet(widths[level], f"{block}.resnets.{i}")(x, time)
+                if attends[level]:
+                    x = transformer(level, f"{block}.attentions.{i}")(x, context)
+            if level > 0:
+                x = Upsample(widths[level], name=f"{block}.upsamplers.0", dtype=dtype)(x, like=skips[-1])
+
+        x = GroupNorm(norm_num_groups, epsilon=1e-5, name="conv_norm_out", dtype=dtype)(x)
+        x = conv(out_channels, "conv_out")(ops.silu(x))
+        super().__init__({"latent": latent, "timestep_embedding": timestep, "context": context}, x, name=name)
+
+        # === Config ===
+        self.arguments = arguments
+
+    def get_config(self):
+        return self.arguments
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+
+def _per_level(value, widths, name):
+    """One value per level, from one value for all or a sequence."""
+    values = (value,) * len(widths) if isinstance(value, (int, bool)) else tuple(value)
+    if len(values) != len(widths):
+        raise ValueError(f"{name} must be one value or {len(widths)}, one per level; got {value!r}.")
+    return values
