@@ -1,0 +1,77 @@
+"""The one mechanical rule between a model's variables and the keys of a diffusers state dict.
+
+The variable `down_blocks.0.resnets.1/conv1/kernel` is the key `down_blocks.0.resnets.1.conv1.weight`; convolution
+kernels are transposed from (height, width, in, out) to (out, in, height, width), dense kernels from (in, out).
+"""
+
+import numpy as np
+
+SUFFIXES = {"kernel": "weight", "gamma": "weight", "embeddings": "weight", "beta": "bias", "bias": "bias"}
+
+
+def state_dict_key(variable):
+    """The state-dict key of a Keras variable."""
+    *layers, suffix = variable.path.split("/")
+    return ".".join([*layers, SUFFIXES[suffix]])
+
+
+def from_torch_layout(array):
+    """An array of a state dict in Keras' axis order."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T if array.ndim == 2 else array
+
+
+def to_torch_layout(array):
+    """An array of a Keras variable in the state dict's axis order."""
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T if array.ndim == 2 else array
+
+
+def assign_state_dict(model, arrays, source):
+    """Assigns every variable of `model` from `arrays`, and uses every array.
+
+    Args:
+        model: one of the four models.
+        arrays: dict of state-dict key → array, in the layout of diffusers.
+        source: what to call the arrays in an error, e.g. the file's path.
+
+    Raises:
+        ValueError: a key is missing, unknown, or has another shape; the error names it. No variable is changed then.
+    """
+    variables = {state_dict_key(v): v for v in model.variables}
+    missing, unknown = sorted(variables.keys() - arrays.keys()), sorted(arrays.keys() - variables.keys())
+    if missing:
+        raise ValueError(f"{source} lacks {_some(missing)} of the {model.name}{_hint(unknown)}.")
+    if unknown:
+        raise ValueError(f"{source} holds {_some(unknown)}, which the {model.name} does not have.")
+    values = {key: _to_keras(key, arrays[key]) for key in variables}
+    for key, value in values.items():
+        if value.shape != tuple(variables[key].shape):
+            expected = to_torch_layout(np.broadcast_to(0, variables[key].shape)).shape
+            raise ValueError(f"{source}: {key} has shape {arrays[key].shape}; the {model.name} needs {expected}.")
+    for key, value in values.items():
+        variables[key].assign(value)
+
+
+def to_state_dict(model):
+    """dict of state-dict key → NumPy array in the layout of diffusers, in the dtype of the variables."""
+    return {state_dict_key(v): np.ascontiguousarray(_to_state_dict(v)) for v in model.variables}
+
+
+def _to_keras(key, array):
+    return array if _is_embedding(key) else from_torch_layout(array)
+
+
+def _to_state_dict(variable):
+    array = np.asarray(variable)
+    return array if variable.path.endswith("/embeddings") else to_torch_layout(array)
+
+
+def _is_embedding(key):
+    return key.endswith("_embedding.weight")
+
+
+def _some(keys):
+    return f"{keys[0]!r}" + (f" and {len(keys) - 1} more tensors" if len(keys) > 1 else "")
+
+
+def _hint(unknown):
+    return f" (and holds {_some(unknown)}, which it does not have)" if unknown else ""

@@ -1,0 +1,336 @@
+"""Models to and from a folder in the diffusers layout: `text_encoder/`, `unet/`, `vae/`, each a config and weights.
+
+Reference: the configs and state dicts of diffusers 0.42 and transformers 5, and the checkpoints of 2022 that lack some
+of their fields.
+"""
+
+import json
+import pathlib
+import re
+
+from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
+from keras_sd.weights.assign import assign_state_dict, to_state_dict
+from keras_sd.weights.files import atomic_file, read_arrays, write_safetensors
+
+COMPONENTS = ("text_encoder", "unet", "vae")
+
+# The best file first; `.bin` is read with torch.
+WEIGHT_FILES = {
+    "text_encoder": ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+    "unet": (
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.bin",
+    ),
+}
+WEIGHT_FILES["vae"] = WEIGHT_FILES["unet"]
+
+ATTENTION_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+
+# === Configs → arguments of the models ===
+
+
+def text_encoder_arguments(config):
+    """Arguments of `TextEncoder` from a transformers CLIP text config."""
+    _require(config, "text_encoder", layer_norm_eps=(1e-5,))
+    names = (
+        "vocab_size",
+        "max_position_embeddings",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+    )
+    return {name: config[name] for name in names if name in config}
+
+
+def diffusion_model_arguments(config):
+    """Arguments of `DiffusionModel` from a `UNet2DConditionModel` config."""
+    levels = len(config["block_out_channels"])
+    _require(
+        config,
+        "unet",
+        act_fn=("silu", "swish"),
+        center_input_sample=(False,),
+        flip_sin_to_cos=(True,),
+        freq_shift=(0,),
+        downsample_padding=(1,),
+        mid_block_scale_factor=(1, 1.0),
+        mid_block_type=("UNetMidBlock2DCrossAttn",),
+        norm_eps=(1e-5,),
+        transformer_layers_per_block=(1, [1] * levels),
+        only_cross_attention=(False, [False] * levels),
+        dual_cross_attention=(False,),
+        resnet_time_scale_shift=("default",),
+        time_embedding_type=("positional",),
+        conv_in_kernel=(3,),
+        conv_out_kernel=(3,),
+        attention_type=("default",),
+        class_embed_type=(None,),
+        addition_embed_type=(None,),
+        encoder_hid_dim=(None,),
+        time_cond_proj_dim=(None,),
+        num_class_embeds=(None,),
+    )
+    for block in config.get("down_block_types", ()):
+        if block not in ATTENTION_BLOCKS:
+            raise ValueError(f"unet/config.json: down_block_types holds {block!r}; known: {sorted(ATTENTION_BLOCKS)}.")
+    attention = [ATTENTION_BLOCKS[block] for block in config.get("down_block_types", _default_down_blocks(levels))]
+    up = [block.replace("Up", "Down") for block in config.get("up_block_types", ())]
+    if up and [ATTENTION_BLOCKS.get(block) for block in reversed(up)] != attention:
+        raise ValueError(f"unet/config.json: up_block_types {config['up_block_types']} do not mirror down_block_types.")
+    # diffusers calls the number of heads "attention_head_dim", a name that its first checkpoints made permanent.
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    return dict(
+        in_channels=config.get("in_channels", 4),
+        out_channels=config.get("out_channels", 4),
+        block_out_channels=tuple(config["block_out_channels"]),
+        layers_per_block=_one_number(config.get("layers_per_block", 2), "layers_per_block"),
+        attention_levels=tuple(attention),
+        num_attention_heads=heads if isinstance(heads, int) else tuple(heads),
+        cross_attention_dim=_one_number(config.get("cross_attention_dim", 1280), "cross_attention_dim"),
+        use_linear_projection=config.get("use_linear_projection", False),
+        norm_num_groups=config.get("norm_num_groups", 32),
+    )
+
+
+def autoencoder_arguments(config):
+    """Arguments that `ImageEncoder` and `Decoder` share, from an `AutoencoderKL` config."""
+    _require(
+        config,
+        "vae",
+        act_fn=("silu", "swish"),
+        mid_block_add_attention=(True,),
+        use_quant_conv=(True,),
+        use_post_quant_conv=(True,),
+        shift_factor=(None, 0),
+        latents_mean=(None,),
+        in_channels=(3,),
+        out_channels=(3,),
+    )
+    return dict(
+        latent_channels=config.get("latent_channels", 4),
+        block_out_channels=tuple(config["block_out_channels"]),
+        layers_per_block=config.get("layers_per_block", 1),
+        norm_num_groups=config.get("norm_num_groups", 32),
+        # The checkpoints of 2022 do not carry it.
+        scaling_factor=config.get("scaling_factor", 0.18215),
+    )
+
+
+# === Models → configs ===
+
+
+def text_encoder_config(model, tokenizer):
+    """The transformers config of a `TextEncoder`."""
+    arguments = _widths(model)
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        **arguments,
+        "attention_dropout": 0.0,
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.end_id,
+        "pad_token_id": tokenizer.pad_id,
+        "layer_norm_eps": 1e-5,
+        "projection_dim": arguments["hidden_size"],
+        "dtype": "float32",
+    }
+
+
+def diffusion_model_config(model, sample_size):
+    """The `UNet2DConditionModel` config of a `DiffusionModel`; `sample_size` is the latent's default side."""
+    arguments = _widths(model)
+    attends = arguments.pop("attention_levels")
+    heads = arguments.pop("num_attention_heads")
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": "0.42.0",
+        **arguments,
+        "attention_head_dim": heads,
+        "sample_size": sample_size,
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-5,
+    }
+
+
+def autoencoder_config(model, sample_size):
+    """The `AutoencoderKL` config of an `ImageEncoder` or `Decoder`; `sample_size` is the picture's default side."""
+    arguments = _widths(model)
+    levels = len(arguments["block_out_channels"])
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.42.0",
+        **arguments,
+        "in_channels": 3,
+        "out_channels": 3,
+        "sample_size": sample_size,
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+# === State dicts ===
+
+
+def text_encoder_state_dict(arrays):
+    """The state dict in the naming of `TextEncoder`, whatever version of transformers wrote it."""
+    renamed = {}
+    for key, array in arrays.items():
+        key = key if key.startswith("text_model.") else f"text_model.{key}"
+        if not key.endswith("position_ids"):
+            renamed[key] = array
+    return renamed
+
+
+def unet_state_dict(arrays, linear):
+    """The state dict in the naming of `DiffusionModel`; projections are Dense with `linear`, else 1×1 convolutions."""
+    return {key: _projection(array, linear) if ".proj_" in key else array for key, array in arrays.items()}
+
+
+def vae_state_dict(arrays):
+    """The state dict in the naming of `ImageEncoder` and `Decoder`, whatever its age."""
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    renamed = {}
+    for key, array in arrays.items():
+        key = re.sub(r"(attentions\.0)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{old[m[2]]}.", key)
+        renamed[key] = _projection(array, True) if ".attentions.0.to_" in key else array
+    return renamed
+
+
+def is_encoder_key(key):
+    """Whether a key of the VAE belongs to the encoder half."""
+    return key.startswith(("encoder.", "quant_conv."))
+
+
+def _projection(array, linear):
+    if array.ndim == 4 and linear:
+        return array[:, :, 0, 0]
+    if array.ndim == 2 and not linear:
+        return array[:, :, None, None]
+    return array
+
+
+# === Folders ===
+
+
+def read_component(folder, component, variant=None):
+    """Config and state dict of one component of a diffusers folder.
+
+    Args:
+        folder: path of the model's folder.
+        component: "text_encoder", "unet" or "vae".
+        variant: e.g. "fp16", for `diffusion_pytorch_model.fp16.safetensors`; also found where it is the only file.
+
+    Returns:
+        (config, dict of key → array).
+
+    Raises:
+        FileNotFoundError: the folder lacks the config or every weight file.
+    """
+    folder = pathlib.Path(folder) / component
+    config = read_json(folder / "config.json")
+    names = WEIGHT_FILES[component]
+    variants = [re.sub(r"^(\w+)\.", rf"\1.{v}.", name) for v in ([variant] if variant else ["fp16"]) for name in names]
+    candidates = [*variants, *names] if variant else [*names, *variants]
+    path = next((folder / name for name in candidates if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"No weights in {str(folder)!r}; one of {', '.join(names)} should be there.")
+    return config, read_arrays(path)
+
+
+def build_text_encoder(config, arrays, source, dtype=None):
+    """A `TextEncoder` with the given weights."""
+    model = TextEncoder(**text_encoder_arguments(config), dtype=dtype)
+    assign_state_dict(model, text_encoder_state_dict(arrays), source)
+    return model
+
+
+def build_diffusion_model(config, arrays, source, dtype=None):
+    """A `DiffusionModel` with the given weights."""
+    model = DiffusionModel(**diffusion_model_arguments(config), dtype=dtype)
+    assign_state_dict(model, unet_state_dict(arrays, model.arguments["use_linear_projection"]), source)
+    return model
+
+
+def build_image_encoder(config, arrays, source, dtype=None):
+    """An `ImageEncoder` with the encoder half of a VAE's weights."""
+    return _build_half(ImageEncoder, True, config, arrays, source, dtype)
+
+
+def build_decoder(config, arrays, source, dtype=None):
+    """A `Decoder` with the decoder half of a VAE's weights."""
+    return _build_half(Decoder, False, config, arrays, source, dtype)
+
+
+def _build_half(cls, encoder, config, arrays, source, dtype):
+    model = cls(**autoencoder_arguments(config), dtype=dtype)
+    halves = {key: array for key, array in vae_state_dict(arrays).items() if is_encoder_key(key) == encoder}
+    assign_state_dict(model, halves, source)
+    return model
+
+
+def write_component(folder, component, config, models, dtype=None):
+    """Writes config and weights of one component, each file under a temporary name first.
+
+    Args:
+        folder: path of the model's folder; it is made where it does not exist.
+        component: "text_encoder", "unet" or "vae".
+        config: dict for `config.json`.
+        models: the Keras models whose variables the file holds.
+        dtype: NumPy dtype to store the weights in; by default that of the variables.
+    """
+    folder = pathlib.Path(folder) / component
+    arrays = {key: array for model in models for key, array in to_state_dict(model).items()}
+    if dtype:
+        arrays = {key: array.astype(dtype) for key, array in arrays.items()}
+    write_json(folder / "config.json", config)
+    write_safetensors(folder / WEIGHT_FILES[component][0], arrays)
+
+
+def read_json(path):
+    """Reads a JSON file; a missing or damaged one is an error that names it."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{str(path)!r} is missing.") from None
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}.") from None
+
+
+def write_json(path, value):
+    """Writes a JSON file under a temporary name and renames it."""
+    with atomic_file(path) as part:
+        part.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _require(config, component, **allowed):
+    """Raises where a field of the config has a value that the model does not implement."""
+    for name, values in allowed.items():
+        if name in config and config[name] not in values:
+            raise ValueError(f"{component}/config.json: {name} is {config[name]!r}; only {values[0]!r} is supported.")
+
+
+def _one_number(value, name):
+    values = {value} if isinstance(value, int) else set(value)
+    if len(values) != 1:
+        raise ValueError(f"unet/config.json: {name} is {value!r}; only one value for all levels is supported.")
+    return values.pop()
+
+
+def _default_down_blocks(levels):
+    return ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"]
+
+
+def _widths(model):
+    arguments = {k: v for k, v in model.arguments.items() if k not in ("name", "dtype")}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
