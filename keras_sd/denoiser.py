@@ -1,0 +1,137 @@
+"""One denoising step, compiled by whichever backend runs it, and the loop around it."""
+
+import keras
+import numpy as np
+from keras import ops
+from tqdm.auto import tqdm
+
+from keras_sd.layers import timestep_embedding
+from keras_sd.samplers import HISTORY
+
+
+@keras.saving.register_keras_serializable(package="keras_sd")
+class Denoiser(keras.Model):
+    """One row of a `SamplerTable` as a Keras model, and `denoise`, which runs a whole table.
+
+    Calling it executes one row for every item of a batch, each with a row of its own. `predict_on_batch` compiles the
+    call once per shape, on every backend; the table is an input, so that no sampler, step count, strength or guidance
+    compiles anew.
+
+    Args:
+        diffusion_model: a `DiffusionModel`.
+        two_passes: run the network on the unconditional and on the conditional half one after the other instead of
+            as one batch of twice the size: half the memory, a little slower.
+        jit_compile: compile with XLA; by default only on JAX.
+
+    Call arguments:
+        dict with `latent` (B, h, w, C), `history` (B, 5, h, w, C) (the remembered outputs, newest first; zeros at the
+        start), `context` (B, 77, width), `row` (B, columns) in the order of `keras_sd.samplers.COLUMNS`, and where
+        needed `unconditional_context` (B, 77, width) (without it there is one pass and no guidance), `noise`
+        (B, h, w, C) (only for rows that add noise) and `extra` (B, h, w, E) (channels that the network sees beside
+        the latent, as inpainting models do).
+
+    Returns:
+        dict with the next `latent` and `history`.
+
+    Reference: Ho & Salimans (2022), Classifier-Free Diffusion Guidance, arXiv 2207.12598, equation 6 (guidance scale
+    1 + w); the row's meaning is in `keras_sd.samplers`.
+    """
+
+    def __init__(self, diffusion_model, two_passes=False, jit_compile=None, **kwargs):
+        super().__init__(**kwargs)
+        self.diffusion_model = diffusion_model
+        self.two_passes = two_passes
+        self.compile(jit_compile=keras.backend.backend() == "jax" if jit_compile is None else jit_compile)
+
+    def call(self, inputs):
+        latent, history = inputs["latent"], inputs["history"]
+        column = [inputs["row"][:, i, None, None, None] for i in range(6 + HISTORY + 1)]
+        input_scale, _, guidance, sample_coef, output_coef, carry = column[:6]
+        output = self._guided(inputs, latent * input_scale, guidance)
+        remembered = sample_coef * latent + output_coef * output
+        history = ops.concatenate([remembered[:, None], history[:, :-1]], axis=1)
+        latent = carry * latent
+        for j in range(HISTORY):
+            latent = latent + column[6 + j] * history[:, j]
+        if "noise" in inputs:
+            latent = latent + column[6 + HISTORY] * inputs["noise"]
+        return {"latent": latent, "history": history}
+
+    def _guided(self, inputs, latent, guidance):
+        if "extra" in inputs:
+            latent = ops.concatenate([latent, inputs["extra"]], axis=-1)
+        timestep, context = inputs["row"][:, 1], inputs["context"]
+        if "unconditional_context" not in inputs:
+            return self._predict(latent, timestep, context)
+        unconditional_context = inputs["unconditional_context"]
+        if self.two_passes:
+            unconditional = self._predict(latent, timestep, unconditional_context)
+            conditional = self._predict(latent, timestep, context)
+        else:
+            both = self._predict(
+                ops.concatenate([latent, latent]),
+                ops.concatenate([timestep, timestep]),
+                ops.concatenate([unconditional_context, context]),
+            )
+            unconditional, conditional = ops.split(both, 2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _predict(self, latent, timestep, context):
+        width = self.diffusion_model.input_shape["timestep_embedding"][-1]
+        inputs = {"latent": latent, "timestep_embedding": timestep_embedding(timestep, width), "context": context}
+        return ops.cast(self.diffusion_model(inputs), "float32")
+
+    def denoise(
+        self,
+        latent,
+        context,
+        unconditional_context,
+        table,
+        noise=None,
+        extra=None,
+        blend=None,
+        callback=None,
+        progress=True,
+    ):
+        """Runs a table from its first row to its last.
+
+        Args:
+            latent: float32 (B, h, w, C), e.g. `table.init_noise_scale * initial_noise(…)`.
+            context: (B, 77, width).
+            unconditional_context: (B, 77, width); unused, and the network runs once, in rows whose guidance is 1.
+            table: a `SamplerTable`.
+            noise: function row → (B, h, w, C), the fresh noise of stochastic samplers; see `keras_sd.noise.row_noise`.
+            extra: (B, h, w, E), further channels at the network's input.
+            blend: function (row, latent) → latent, applied after every row (inpainting keeps what is known with it).
+            callback: function (row, rows, latent), called after every row. The run stops where it returns False.
+            progress: show a progress bar.
+
+        Returns:
+            float32 (B, h, w, C).
+
+        Raises:
+            ValueError: the table adds noise and `noise` is missing, or the model's prediction is not finite.
+        """
+        if table.stochastic and not callable(noise):
+            raise ValueError(f"noise must be a function row → array for a sampler that adds noise; got {noise!r}.")
+        latent = np.asarray(latent, "float32")
+        batch_size, rows = latent.shape[0], table.rows
+        state = {"latent": latent, "history": np.zeros((batch_size, HISTORY, *latent.shape[1:]), "float32")}
+        fixed = {"context": context} if extra is None else {"context": context, "extra": extra}
+        for i in tqdm(range(len(table)), disable=not progress, leave=False):
+            inputs = {**state, **fixed, "row": np.repeat(rows[i : i + 1], batch_size, axis=0)}
+            if table.guidance[i] != 1.0:
+                inputs["unconditional_context"] = unconditional_context
+            if table.noise[i]:
+                inputs["noise"] = np.asarray(noise(i), "float32")
+            state = {key: np.asarray(value) for key, value in self.predict_on_batch(inputs).items()}
+            if blend is not None:
+                state["latent"] = np.asarray(blend(i, state["latent"]), "float32")
+            if not np.isfinite(state["latent"]).all():
+                raise ValueError(
+                    f"The latent is not finite after row {i + 1} of {len(table)} (timestep {table.timestep[i]:g}): "
+                    "the weights are damaged or the dtype is too narrow; try dtype='float32'."
+                )
+            if callback is not None and callback(i, len(table), state["latent"]) is False:
+                break
+        return state["latent"]

@@ -1,0 +1,303 @@
+"""The pipeline: tokenizer, the four models and a sampler, composed."""
+
+import functools
+import numbers
+import secrets
+
+import keras
+import numpy as np
+
+from keras_sd.denoiser import Denoiser
+from keras_sd.noise import initial_noise, row_noise
+from keras_sd.samplers import SamplerTable, make_table, read_scheduler_config
+
+
+class StableDiffusion:
+    """Draws pictures from text, with the API of `keras_cv.models.StableDiffusion`.
+
+    Nothing is loaded before it is needed; every part (`tokenizer`, `text_encoder`, `diffusion_model`, `image_encoder`,
+    `decoder`) can be replaced by assigning to it.
+
+    Args:
+        img_height, img_width: default size of the pictures in pixels, multiples of 8 (of 2 ** (levels - 1) for an
+            autoencoder with another number of levels); by default that of the preset.
+        jit_compile: compile the models with XLA; by default only on JAX.
+        preset: name of a preset, a path, or `hf://owner/name`; see `from_preset`.
+        dtype: Keras dtype policy of the models: "float32", "bfloat16", "float16"; by default Keras' own setting.
+        tokenizer: merges file or `tokenizer/` folder, for checkpoints that carry none.
+        two_pass_guidance: run the U-Net on the unconditional and the conditional half in sequence: half the memory.
+
+    Example:
+
+        sd = StableDiffusion.from_preset("emoji")
+        images = sd.text_to_image("red apple on a blue background", batch_size=4, num_steps=25, seed=7)
+    """
+
+    def __init__(
+        self,
+        img_height=None,
+        img_width=None,
+        jit_compile=None,
+        *,
+        preset="sd-v1-4",
+        dtype=None,
+        tokenizer=None,
+        two_pass_guidance=False,
+    ):
+        self.preset, self.dtype, self.jit_compile = preset, dtype, jit_compile
+        self.two_pass_guidance = two_pass_guidance
+        self._tokenizer_source = tokenizer
+        for name, value in (("img_height", img_height), ("img_width", img_width)):
+            if value is not None:
+                _check_integer(name, value, 8)
+        self._size = (img_height, img_width)
+
+    @classmethod
+    def from_preset(cls, preset, **kwargs):
+        """Opens a model.
+
+        Args:
+            preset: a built-in name (`keras_sd.PRESETS`), a path (folder in the diffusers or KerasCV layout,
+                `.safetensors` or `.ckpt` file), or `hf://owner/name`.
+            **kwargs: further arguments of `StableDiffusion`.
+
+        Raises:
+            ValueError, FileNotFoundError: no such preset or path, or what is there is no checkpoint.
+        """
+        model = cls(preset=preset, **kwargs)
+        model.checkpoint  # noqa: B018  (a wrong name is said here, not at the first picture)
+        return model
+
+    # === Parts, loaded at first use ===
+
+    @functools.cached_property
+    def checkpoint(self):
+        from keras_sd.checkpoint import open_checkpoint
+        from keras_sd.presets import locate
+
+        return open_checkpoint(locate(self.preset), self._tokenizer_source)
+
+    @functools.cached_property
+    def tokenizer(self):
+        return self.checkpoint.tokenizer()
+
+    @functools.cached_property
+    def text_encoder(self):
+        return self._compiled(self.checkpoint.text_encoder(self.dtype))
+
+    @functools.cached_property
+    def diffusion_model(self):
+        return self._compiled(self.checkpoint.diffusion_model(self.dtype))
+
+    @functools.cached_property
+    def image_encoder(self):
+        return self._compiled(self.checkpoint.image_encoder(self.dtype))
+
+    @functools.cached_property
+    def decoder(self):
+        return self._compiled(self.checkpoint.decoder(self.dtype))
+
+    @functools.cached_property
+    def scheduler(self):
+        """(NoiseScheduler, sampler name, sampler options) of the preset."""
+        return read_scheduler_config(self.checkpoint.scheduler())
+
+    @functools.cached_property
+    def image_size(self):
+        """Default (height, width) of the pictures in pixels."""
+        height, width = self._size
+        if None in self._size:
+            height, width = (own or default for own, default in zip(self._size, self.checkpoint.image_size()))
+        return height, width
+
+    @property
+    def img_height(self):
+        return self.image_size[0]
+
+    @property
+    def img_width(self):
+        return self.image_size[1]
+
+    @property
+    def denoiser(self):
+        """The compiled denoising step around `diffusion_model`."""
+        known = self.__dict__.get("_denoiser")
+        if known is None or known.diffusion_model is not self.diffusion_model:
+            known = self._denoiser = Denoiser(self.diffusion_model, self.two_pass_guidance, self.jit_compile)
+        return known
+
+    def _compiled(self, model):
+        model.compile(jit_compile=keras.backend.backend() == "jax" if self.jit_compile is None else self.jit_compile)
+        return model
+
+    # === Text to image ===
+
+    def text_to_image(
+        self,
+        prompt,
+        negative_prompt=None,
+        batch_size=1,
+        num_steps=50,
+        unconditional_guidance_scale=7.5,
+        seed=None,
+        **kwargs,
+    ):
+        """Draws pictures from a prompt.
+
+        Args:
+            prompt: a string, or a list with one string per picture.
+            negative_prompt: what to steer away from: a string, or a list with one string per picture.
+            batch_size: number of pictures; with a list of prompts it follows from the list.
+            num_steps: number of denoising steps.
+            unconditional_guidance_scale: how closely to follow the prompt; 1 is no guidance.
+            seed: integer; picture i of the batch is drawn from `seed + i`. By default a random one.
+            **kwargs: as in `generate_image`.
+
+        Returns:
+            uint8 (batch_size, height, width, 3).
+        """
+        return self.generate_image(
+            self.encode_text(prompt),
+            negative_prompt=negative_prompt,
+            batch_size=batch_size,
+            num_steps=num_steps,
+            unconditional_guidance_scale=unconditional_guidance_scale,
+            seed=seed,
+            **kwargs,
+        )
+
+    def encode_text(self, prompt):
+        """Encodes a prompt, or a list of prompts.
+
+        A prompt of more than 75 tokens is cut, with a warning that says what was cut.
+
+        Returns:
+            float NumPy array (number of prompts, 77, width), for `generate_image`.
+
+        Raises:
+            TypeError: the prompt is neither a string nor a list of strings.
+        """
+        return np.asarray(self.text_encoder.predict_on_batch({"tokens": self.tokenizer(prompt)}))
+
+    def generate_image(
+        self,
+        encoded_text,
+        negative_prompt=None,
+        batch_size=1,
+        num_steps=50,
+        unconditional_guidance_scale=7.5,
+        diffusion_noise=None,
+        seed=None,
+        *,
+        sampler=None,
+        height=None,
+        width=None,
+        noise=None,
+        callback=None,
+        progress=True,
+        **sampler_options,
+    ):
+        """Draws pictures from an encoded prompt.
+
+        Args:
+            encoded_text: (77, width) or (batch_size, 77, width), from `encode_text`.
+            negative_prompt: what to steer away from: a string, or a list with one string per picture.
+            batch_size: number of pictures.
+            num_steps: number of denoising steps.
+            unconditional_guidance_scale: how closely to follow the prompt; 1 is no guidance (and half the work).
+            diffusion_noise: unit noise to start from, (h, w, 4) or (batch_size, h, w, 4), instead of `seed`.
+            seed: integer; picture i of the batch is drawn from `seed + i`. By default a random one.
+            sampler: one of `keras_sd.SAMPLERS`, or a `SamplerTable` of one's own (then `num_steps`, guidance and
+                options are the table's); by default the preset's.
+            height, width: size in pixels; by default `img_height` and `img_width`.
+            noise: function row → unit noise (batch_size, h, w, 4) for stochastic samplers; by default from `seed`.
+            callback: function (step, num_steps, latent), called after every step; the run stops where it returns False.
+            progress: show a progress bar.
+            **sampler_options: of `keras_sd.make_table`, e.g. `karras=True`, `eta=0.5`, `guidance_interval=(0, 0.8)`.
+
+        Returns:
+            uint8 (batch_size, height, width, 3).
+
+        Raises:
+            ValueError, TypeError: an argument is out of its range; the message names it and says what would do.
+        """
+        context, batch_size = _expand(encoded_text, batch_size)
+        shape = self._latent_shape(height, width)
+        table = self._table(sampler, num_steps, unconditional_guidance_scale, sampler_options)
+        if diffusion_noise is not None and seed is not None:
+            raise ValueError("diffusion_noise and seed exclude each other: seed makes the noise; give one of them.")
+        seed = secrets.randbits(31) if seed is None else _check_integer("seed", seed, 0)
+        start = initial_noise(seed, batch_size, shape)
+        if diffusion_noise is not None:
+            start = _check_noise(diffusion_noise, start.shape)
+        latent = self.denoiser.denoise(
+            table.init_noise_scale * start,
+            context,
+            self._unconditional_context(negative_prompt, batch_size),
+            table,
+            noise=noise or row_noise(seed, batch_size, shape),
+            callback=callback,
+            progress=progress,
+        )
+        return self.decode(latent)
+
+    def decode(self, latent):
+        """Decodes scaled latents (B, h, w, 4) to uint8 pictures (B, H, W, 3), rounded to the nearest value."""
+        image = np.asarray(self.decoder.predict_on_batch(latent), "float32")
+        return np.clip(np.round((image + 1.0) * 127.5), 0, 255).astype("uint8")
+
+    def _table(self, sampler, num_steps, guidance_scale, options):
+        if isinstance(sampler, SamplerTable):
+            return sampler
+        scheduler, name, own_options = self.scheduler
+        options = {**(own_options if sampler is None else {}), **options}
+        name = name if sampler is None else sampler
+        return make_table(name, scheduler, num_steps, guidance_scale=guidance_scale, **options)
+
+    def _unconditional_context(self, negative_prompt, batch_size):
+        return _expand(self.encode_text("" if negative_prompt is None else negative_prompt), batch_size)[0]
+
+    @functools.cached_property
+    def _factor(self):
+        """Pixels per latent position, in height and width."""
+        return 2 ** (len(self.decoder.arguments["block_out_channels"]) - 1)
+
+    def _latent_shape(self, height, width):
+        height, width = (self.image_size[i] if side is None else side for i, side in enumerate((height, width)))
+        for name, side in (("height", height), ("width", width)):
+            _check_integer(name, side, 1)
+            if side % self._factor:
+                lower = max(side // self._factor, 1) * self._factor
+                raise ValueError(
+                    f"{name} must be a multiple of {self._factor}; got {side}. "
+                    f"{lower} or {lower + self._factor} would do."
+                )
+        return height // self._factor, width // self._factor, self.decoder.arguments["latent_channels"]
+
+
+def _expand(encoded_text, batch_size):
+    """(77, width) or (B, 77, width) → float32 (batch_size, 77, width) and the batch size."""
+    _check_integer("batch_size", batch_size, 1)
+    context = np.asarray(encoded_text, "float32")
+    context = context[None] if context.ndim == 2 else context
+    if context.ndim != 3:
+        raise ValueError(f"encoded_text must have shape (77, width) or (batch_size, 77, width); got {context.shape}.")
+    if batch_size == 1:
+        batch_size = len(context)
+    if len(context) not in (1, batch_size):
+        raise ValueError(f"batch_size is {batch_size}, but there are {len(context)} prompts; give one, or as many.")
+    return np.repeat(context, batch_size // len(context), axis=0), batch_size
+
+
+def _check_noise(diffusion_noise, shape):
+    noise = np.asarray(diffusion_noise, "float32")
+    noise = noise[None] if noise.ndim == 3 else noise
+    if noise.shape[1:] != shape[1:] or len(noise) not in (1, shape[0]):
+        raise ValueError(f"diffusion_noise must have shape {shape} or {shape[1:]}; got {np.shape(diffusion_noise)}.")
+    return np.repeat(noise, shape[0] // len(noise), axis=0)
+
+
+def _check_integer(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+    return int(value)
