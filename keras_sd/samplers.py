@@ -308,6 +308,10 @@ def _check_option(name, value, default):
         valid, wanted = isinstance(value, numbers.Real) and 0 <= value <= 1, "a number from 0 (no fresh noise) to 1"
     elif name == "strength":
         valid, wanted = isinstance(value, numbers.Real) and 0 < value <= 1, "a number above 0 and up to 1"
+    elif name == "timestep_scaling":
+        valid, wanted = isinstance(value, numbers.Real) and value > 0, "a number above 0"
+    elif name == "disable_corrector":
+        valid, wanted = isinstance(value, (tuple, list)), "a list of steps"
     if not valid:
         raise ValueError(f"{name} must be {wanted}, got {value!r}.")
 
@@ -532,7 +536,7 @@ def _exponential_step(predict, alpha, sigma, lam, now, to):
 
 
 @_sampler(**_CONTINUOUS)
-def dpmpp_2s(run, *, order=2, solver_type="midpoint", lower_order_final=True, final_sigma="zero", predict="x0"):
+def dpmpp_2s(run, *, order=2, solver_type="midpoint", lower_order_final=False, final_sigma="zero", predict="x0"):
     """Singlestep DPM-Solver++: Lu et al. 2022, arXiv:2211.01095, Algorithm 1; `order` 3: arXiv:2206.00927, Algorithm 2.
 
     Steps are grouped by `order`; each group starts anew from the sample at its first step.
@@ -649,8 +653,10 @@ def unipc(
             moments.append(moment * math.factorial(k) / scale)
             moment = moment / -h - 1 / math.factorial(k + 1)
         weights = [0.5] if len(r) == 1 else np.linalg.solve(np.vander(r, increasing=True).T, moments) if r else []
-        residual = sum(w * (m - outputs[0]) / r_k for w, m, r_k in zip(weights, outputs[1:], r))
-        return ratio * x - gain * phi * outputs[0] - gain * scale * residual
+        x = ratio * x - gain * phi * outputs[0]
+        for weight, output, r_k in zip(weights, outputs[1:], r):
+            x = x - gain * scale * weight * (output - outputs[0]) / r_k
+        return x
 
     x, p = X, 0
     for i in run.steps:
