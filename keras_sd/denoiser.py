@@ -77,7 +77,7 @@ class Denoiser(keras.Model):
         return unconditional + guidance * (conditional - unconditional)
 
     def _predict(self, latent, timestep, context):
-        width = self.diffusion_model.input_shape["timestep_embedding"][-1]
+        width = next(x.shape[-1] for x in self.diffusion_model.inputs if x.name == "timestep_embedding")
         inputs = {"latent": latent, "timestep_embedding": timestep_embedding(timestep, width), "context": context}
         return ops.cast(self.diffusion_model(inputs), "float32")
 

@@ -98,6 +98,9 @@ class Attention(keras.layers.Layer):
         self.value.build(context_shape or x_shape)
         self.output_projection.build(x_shape)
 
+    def compute_output_shape(self, x_shape, context_shape=None):
+        return x_shape
+
     def call(self, x, context=None):
         context = x if context is None else context
         query, key, value = (self._split(f(y)) for f, y in ((self.query, x), (self.key, context), (self.value, context)))
@@ -125,6 +128,9 @@ class GEGLU(keras.layers.Layer):
 
     def build(self, input_shape):
         self.proj.build(input_shape)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.proj.units // 2)
 
     def call(self, x):
         value, gate = ops.split(self.proj(x), 2, axis=-1)
@@ -155,6 +161,9 @@ class TransformerBlock(keras.layers.Layer):
             layer.build(x_shape)
         self.attn2.build(x_shape, context_shape)
         self.dense.build((*x_shape[:-1], 4 * x_shape[-1]))
+
+    def compute_output_shape(self, x_shape, context_shape):
+        return x_shape
 
     def call(self, x, context):
         x = x + self.attn1(self.norm1(x))
@@ -195,6 +204,9 @@ class SpatialTransformer(keras.layers.Layer):
         for layer in (self.norm, self.proj_in, self.proj_out):
             layer.build(x_shape)
         self.block.build((x_shape[0], None, self.dim), context_shape)
+
+    def compute_output_shape(self, x_shape, context_shape):
+        return x_shape
 
     def call(self, x, context):
         height, width = ops.shape(x)[1:3]

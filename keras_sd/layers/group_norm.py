@@ -21,6 +21,9 @@ class GroupNorm(keras.layers.GroupNormalization):
     Reference: Wu & He (2018), Group Normalization, arXiv 1803.08494.
     """
 
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
     def call(self, x):
         channels = x.shape[-1]
         wide = ops.cast(x, "float32")
@@ -32,5 +35,6 @@ class GroupNorm(keras.layers.GroupNormalization):
 
     def _group_mean(self, per_channel, channels):
         """(B, 1, 1, C) → the mean of each channel's group, (B, 1, 1, C)."""
-        grouped = ops.mean(ops.reshape(per_channel, (-1, self.groups, channels // self.groups)), axis=2)
-        return ops.reshape(ops.repeat(grouped, channels // self.groups, axis=1), (-1, 1, 1, channels))
+        grouped = ops.reshape(per_channel, (-1, self.groups, channels // self.groups))
+        spread = ops.mean(grouped, axis=2, keepdims=True) * ops.ones((1, 1, channels // self.groups))
+        return ops.reshape(spread, (-1, 1, 1, channels))

@@ -22,6 +22,9 @@ class Downsample(keras.layers.Layer):
     def build(self, input_shape):
         self.conv.build(input_shape)
 
+    def compute_output_shape(self, input_shape):
+        return self.conv.compute_output_shape(self.pad.compute_output_shape(input_shape))
+
     def call(self, x):
         return self.conv(self.pad(x))
 
@@ -43,8 +46,16 @@ class Upsample(keras.layers.Layer):
     def build(self, x_shape, like_shape=None):
         self.conv.build(x_shape)
 
+    def compute_output_shape(self, x_shape, like_shape=None):
+        batch_size, height, width, _ = x_shape
+        doubled = (None if side is None else 2 * side for side in (height, width))
+        return (batch_size, *(like_shape[1:3] if like_shape else doubled), self.conv.filters)
+
     def call(self, x, like=None):
-        x = ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
+        # Rows and columns doubled by concatenation and reshape: plain copies, on every backend and in every export.
+        _, height, width, channels = ops.shape(x)
+        x = ops.reshape(ops.concatenate([x, x], axis=-1), (-1, height, 2 * width * channels))
+        x = ops.reshape(ops.concatenate([x, x], axis=-1), (-1, 2 * height, 2 * width, channels))
         if like is not None:
             x = x[:, : ops.shape(like)[1], : ops.shape(like)[2]]
         return self.conv(x)

@@ -51,6 +51,9 @@ class ResnetBlock(keras.layers.Layer):
             self.conv_shortcut = keras.layers.Conv2D(self.filters, 1, name="conv_shortcut", dtype=self.dtype_policy)
             self.conv_shortcut.build(x_shape)
 
+    def compute_output_shape(self, x_shape, time_embedding_shape=None):
+        return (*x_shape[:-1], self.filters)
+
     def call(self, x, time_embedding=None):
         hidden = self.conv1(ops.silu(self.norm1(x)))
         if self.time_emb_proj:

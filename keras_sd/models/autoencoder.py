@@ -26,6 +26,9 @@ class SpatialAttention(Attention):
         self.group_norm.build(x_shape)
         super().build((x_shape[0], None, self.dim))
 
+    def compute_output_shape(self, x_shape):
+        return x_shape
+
     def call(self, x):
         height, width = ops.shape(x)[1:3]
         attended = super().call(ops.reshape(self.group_norm(x), (-1, height * width, self.dim)))

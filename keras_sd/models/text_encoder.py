@@ -82,9 +82,11 @@ class TextEncoder(keras.Model):
         self.arguments = arguments
 
     def __call__(self, inputs, *args, **kwargs):
-        if isinstance(inputs, dict) and "positions" not in inputs:
-            inputs = {**inputs, "positions": None}
-        return super().__call__(inputs, *args, **kwargs)
+        return super().__call__({"positions": None, **inputs}, *args, **kwargs)
+
+    def call(self, inputs, training=None, mask=None):
+        # JAX's stateless call comes here directly.
+        return super().call({"positions": None, **inputs}, training, mask)
 
     def get_config(self):
         return self.arguments
@@ -111,6 +113,9 @@ class Embeddings(keras.layers.Layer):
     def build(self, tokens_shape, positions_shape=None):
         self.token_embedding.build(tokens_shape)
         self.position_embedding.build(tokens_shape)
+
+    def compute_output_shape(self, tokens_shape, positions_shape=None):
+        return (*tokens_shape, self.token_embedding.output_dim)
 
     def call(self, tokens, positions=None):
         if positions is None:
@@ -150,6 +155,9 @@ class EncoderLayer(keras.layers.Layer):
         for layer in (self.layer_norm1, self.self_attn, self.layer_norm2, self.fc1):
             layer.build(input_shape)
         self.fc2.build((*input_shape[:-1], self.intermediate_size))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
 
     def call(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
