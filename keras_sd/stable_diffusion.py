@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_sd.denoiser import Denoiser
+from keras_sd.images import fit, read_image, to_model
 from keras_sd.noise import initial_noise, row_noise
 from keras_sd.samplers import SamplerTable, make_table, read_scheduler_config
 
@@ -130,6 +131,27 @@ class StableDiffusion:
         model.compile(jit_compile=keras.backend.backend() == "jax" if self.jit_compile is None else self.jit_compile)
         return model
 
+    def save_preset(self, folder, dtype=None):
+        """Writes the model as a folder in the diffusers layout, which `from_preset` and diffusers open.
+
+        Args:
+            folder: where to; each file appears under its name when it is complete, `model_index.json` last.
+            dtype: NumPy dtype of the weights, e.g. "float16"; by default that of the models.
+        """
+        from keras_sd.weights.diffusers_folder import write_folder
+
+        write_folder(
+            folder,
+            self.tokenizer,
+            self.text_encoder,
+            self.diffusion_model,
+            self.image_encoder,
+            self.decoder,
+            self.checkpoint.scheduler(),
+            self.image_size,
+            dtype,
+        )
+
     # === Text to image ===
 
     def text_to_image(
@@ -221,30 +243,210 @@ class StableDiffusion:
         Raises:
             ValueError, TypeError: an argument is out of its range; the message names it and says what would do.
         """
-        context, batch_size = _expand(encoded_text, batch_size)
         shape = self._latent_shape(height, width)
-        table = self._table(sampler, num_steps, unconditional_guidance_scale, sampler_options)
-        if diffusion_noise is not None and seed is not None:
-            raise ValueError("diffusion_noise and seed exclude each other: seed makes the noise; give one of them.")
-        seed = secrets.randbits(31) if seed is None else _check_integer("seed", seed, 0)
-        start = initial_noise(seed, batch_size, shape)
-        if diffusion_noise is not None:
-            start = _check_noise(diffusion_noise, start.shape)
-        latent = self.denoiser.denoise(
-            table.init_noise_scale * start,
-            context,
-            self._unconditional_context(negative_prompt, batch_size),
-            table,
-            noise=noise or row_noise(seed, batch_size, shape),
+        return self._draw(
+            encoded_text,
+            negative_prompt,
+            batch_size,
+            self._table(sampler, num_steps, unconditional_guidance_scale, sampler_options),
+            shape,
+            diffusion_noise=diffusion_noise,
+            seed=seed,
+            noise=noise,
             callback=callback,
             progress=progress,
         )
-        return self.decode(latent)
+
+    # === Image to image ===
+
+    def image_to_image(
+        self,
+        image,
+        prompt,
+        strength=0.8,
+        negative_prompt=None,
+        batch_size=1,
+        num_steps=50,
+        unconditional_guidance_scale=7.5,
+        diffusion_noise=None,
+        seed=None,
+        *,
+        sampler=None,
+        height=None,
+        width=None,
+        noise=None,
+        callback=None,
+        progress=True,
+        **sampler_options,
+    ):
+        """Changes a picture.
+
+        Args:
+            image: path, PIL image or array (H, W, 3), uint8 0 … 255 or float 0 … 1. It is scaled to cover
+                `height` × `width` and its middle is taken; without them it keeps its size, rounded down to a multiple
+                of 8.
+            prompt: what to draw: a string, or a list with one string per picture.
+            strength: how much to change, in [0, 1]: the last part of the steps that is run. 0 gives the picture back
+                as the autoencoder has it.
+            Others: as in `generate_image`.
+
+        Returns:
+            uint8 (batch_size, height, width, 3).
+        """
+        picture = self._fitted(image, height, width)
+        known = self.encode(picture)
+        if _check_strength(strength) == 0:
+            return np.repeat(self.decode(known), _expand(self.encode_text(prompt), batch_size)[1], axis=0)
+        options = {**sampler_options, "strength": strength}
+        return self._draw(
+            self.encode_text(prompt),
+            negative_prompt,
+            batch_size,
+            self._table(sampler, num_steps, unconditional_guidance_scale, options),
+            known.shape[1:],
+            diffusion_noise=diffusion_noise,
+            seed=seed,
+            noise=noise,
+            callback=callback,
+            progress=progress,
+            known=known,
+        )
+
+    def inpaint(
+        self,
+        image,
+        mask,
+        prompt,
+        strength=1.0,
+        negative_prompt=None,
+        batch_size=1,
+        num_steps=50,
+        unconditional_guidance_scale=7.5,
+        diffusion_noise=None,
+        seed=None,
+        *,
+        sampler=None,
+        height=None,
+        width=None,
+        noise=None,
+        callback=None,
+        progress=True,
+        **sampler_options,
+    ):
+        """Repaints a part of a picture; every pixel outside the mask comes back as it was.
+
+        Works with any model, by blending the known part in after every row (Lugmayr et al., 2022, arXiv 2201.09865,
+        equation 8), and with inpainting models, whose U-Net sees the mask and the masked picture (9 channels).
+
+        Args:
+            image: as in `image_to_image`.
+            mask: picture of the same size; white (128 and above) is repainted.
+            prompt: what to draw there: a string, or a list with one string per picture.
+            strength: in (0, 1]; below 1 the repainted part starts from what was there.
+            Others: as in `generate_image`.
+
+        Returns:
+            uint8 (batch_size, height, width, 3).
+        """
+        picture, mask = self._fitted(image, height, width), read_image(mask, "mask")
+        if mask.size != read_image(image).size:
+            raise ValueError(f"mask is {mask.size} pixels, the image {read_image(image).size}; they must be alike.")
+        mask = np.asarray(fit(mask, picture.height, picture.width, self._factor).convert("L")) >= 128
+        if not mask.any():
+            raise ValueError("mask is empty: nothing in it is white (128 or more), so there is nothing to repaint.")
+        if _check_strength(strength) == 0:
+            raise ValueError("strength must be above 0 for inpaint; got 0.")
+        known = self.encode(picture)
+        repaint = mask[:: self._factor, :: self._factor, None].astype("float32")
+        extra = None
+        if self.diffusion_model.arguments["in_channels"] == 2 * known.shape[-1] + 1:
+            masked = self.encode(np.where(mask[..., None], 0.0, to_model(picture)))
+            extra = np.concatenate([repaint[None], masked], axis=-1)
+        drawn = self._draw(
+            self.encode_text(prompt),
+            negative_prompt,
+            batch_size,
+            self._table(sampler, num_steps, unconditional_guidance_scale, {**sampler_options, "strength": strength}),
+            known.shape[1:],
+            diffusion_noise=diffusion_noise,
+            seed=seed,
+            noise=noise,
+            callback=callback,
+            progress=progress,
+            known=known if strength < 1 else None,
+            extra=extra,
+            keep=None if extra is not None else (known, repaint),
+        )
+        return np.where(mask[..., None], drawn, np.asarray(picture))
+
+    # === Latents ===
+
+    def encode(self, image):
+        """Encodes a PIL image or an array (B, H, W, 3) in [-1, 1] to scaled latents (B, h, w, 4)."""
+        image = to_model(image) if hasattr(image, "getpixel") else image
+        return np.asarray(self.image_encoder.predict_on_batch(image), "float32")
 
     def decode(self, latent):
         """Decodes scaled latents (B, h, w, 4) to uint8 pictures (B, H, W, 3), rounded to the nearest value."""
         image = np.asarray(self.decoder.predict_on_batch(latent), "float32")
         return np.clip(np.round((image + 1.0) * 127.5), 0, 255).astype("uint8")
+
+    # === Inside ===
+
+    def _draw(
+        self,
+        encoded_text,
+        negative_prompt,
+        batch_size,
+        table,
+        shape,
+        *,
+        diffusion_noise,
+        seed,
+        noise,
+        callback,
+        progress,
+        known=None,
+        extra=None,
+        keep=None,
+    ):
+        """Noise, the denoising loop and the decoder: everything that draws a picture ends here.
+
+        `known` (1, h, w, C) is the latent to start from, `keep` a (latent, mask) to blend in where the mask is 0.
+        """
+        context, batch_size = _expand(encoded_text, batch_size)
+        if diffusion_noise is not None and seed is not None:
+            raise ValueError("diffusion_noise and seed exclude each other: seed makes the noise; give one of them.")
+        seed = secrets.randbits(31) if seed is None else _check_integer("seed", seed, 0)
+        if diffusion_noise is None:
+            start = initial_noise(seed, batch_size, shape)
+        else:
+            start = _check_noise(diffusion_noise, (batch_size, *shape))
+        latent = table.init_noise_scale * start
+        if known is not None:
+            latent = table.signal[0] * known + table.sigma[0] * start
+
+        def blend(row, latent):
+            signal, sigma = table.levels[row + 1]
+            return keep[1] * latent + (1.0 - keep[1]) * (signal * keep[0] + sigma * start)
+
+        latent = self.denoiser.denoise(
+            latent,
+            context,
+            self._unconditional_context(negative_prompt, batch_size),
+            table,
+            noise=noise or row_noise(seed, batch_size, shape),
+            extra=None if extra is None else np.repeat(extra, batch_size, axis=0),
+            blend=None if keep is None else blend,
+            callback=callback,
+            progress=progress,
+        )
+        return self.decode(latent)
+
+    def _fitted(self, image, height, width):
+        if height is not None or width is not None:
+            self._latent_shape(height, width)
+        return fit(read_image(image), height, width, self._factor)
 
     def _table(self, sampler, num_steps, guidance_scale, options):
         if isinstance(sampler, SamplerTable):
@@ -295,6 +497,12 @@ def _check_noise(diffusion_noise, shape):
     if noise.shape[1:] != shape[1:] or len(noise) not in (1, shape[0]):
         raise ValueError(f"diffusion_noise must have shape {shape} or {shape[1:]}; got {np.shape(diffusion_noise)}.")
     return np.repeat(noise, shape[0] // len(noise), axis=0)
+
+
+def _check_strength(strength):
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1]; got {strength!r}.")
+    return strength
 
 
 def _check_integer(name, value, least):

@@ -25,6 +25,19 @@ WEIGHT_FILES = {
 }
 WEIGHT_FILES["vae"] = WEIGHT_FILES["unet"]
 
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.0",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
 ATTENTION_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 
 # === Configs → arguments of the models ===
@@ -295,6 +308,30 @@ def write_component(folder, component, config, models, dtype=None):
         arrays = {key: array.astype(dtype) for key, array in arrays.items()}
     write_json(folder / "config.json", config)
     write_safetensors(folder / WEIGHT_FILES[component][0], arrays)
+
+
+def write_folder(
+    folder, tokenizer, text_encoder, diffusion_model, image_encoder, decoder, scheduler, image_size, dtype=None
+):
+    """Writes a whole model in the diffusers layout, `model_index.json` last.
+
+    Args:
+        folder: path; it is made where it does not exist.
+        tokenizer: a `CLIPTokenizer`.
+        text_encoder, diffusion_model, image_encoder, decoder: the four models.
+        scheduler: config of the scheduler, a dict in the fields of diffusers.
+        image_size: default (height, width) in pixels.
+        dtype: NumPy dtype of the weights; by default that of the variables.
+    """
+    folder = pathlib.Path(folder)
+    factor = 2 ** (len(decoder.arguments["block_out_channels"]) - 1)
+    side = max(image_size)
+    tokenizer.save(folder / "tokenizer")
+    write_component(folder, "text_encoder", text_encoder_config(text_encoder, tokenizer), [text_encoder], dtype)
+    write_component(folder, "unet", diffusion_model_config(diffusion_model, side // factor), [diffusion_model], dtype)
+    write_component(folder, "vae", autoencoder_config(decoder, side), [image_encoder, decoder], dtype)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", {**MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]})
 
 
 def read_json(path):
