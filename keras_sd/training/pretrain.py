@@ -85,6 +85,7 @@ class AutoencoderTrainer(keras.Model):
         self.decoder = Decoder(**widths, scaling_factor=1.0, dtype=dtype)
         self.moments = self.encoder.moments
         self.seed = keras.random.SeedGenerator(0)
+        self.built = True
 
     def call(self, image):
         mean, log_variance = (ops.cast(x, "float32") for x in self.moments(image))
@@ -132,6 +133,7 @@ class DiffusionTrainer(keras.Model):
         super().__init__()
         self.text_encoder = TextEncoder(vocab_size=vocab_size, **TEXT_ENCODER, dtype=dtype)
         self.diffusion_model = DiffusionModel(**DIFFUSION_MODEL, dtype=dtype)
+        self.built = True
 
     def call(self, x):
         context = ops.repeat(self.text_encoder({"tokens": x["tokens"]}), NOISES_PER_CAPTION, axis=0)
