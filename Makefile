@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN = .venv/bin
+export PYTHONPATH := .
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: venv demo test check fix clean
+
+venv: .venv/installed
+
+.venv/python: 
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11 …')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	touch $@
+
+.venv/installed: .venv/python requirements.txt
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+# torch first: with it there, its own version satisfies whatever asks for one later.
+.venv/tests-installed: .venv/installed tests/requirements.txt
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -r tests/requirements.txt
+	touch $@
+
+demo: venv  ## a contact sheet of pictures drawn from text by the embedded model
+	$(BIN)/python -m keras_sd.demo --out out/demo.png
+
+test: .venv/tests-installed
+	$(BIN)/python -m pytest
+
+check: .venv/tests-installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+fix: .venv/tests-installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv out .pytest_cache .ruff_cache
