@@ -103,7 +103,9 @@ class Attention(keras.layers.Layer):
 
     def call(self, x, context=None):
         context = x if context is None else context
-        query, key, value = (self._split(f(y)) for f, y in ((self.query, x), (self.key, context), (self.value, context)))
+        query, key, value = (
+            self._split(f(y)) for f, y in ((self.query, x), (self.key, context), (self.value, context))
+        )
         attended = dot_product_attention(query, key, value, self.is_causal)
         return self.output_projection(ops.reshape(attended, (-1, *self._length(x), self.dim)))
 

@@ -95,7 +95,9 @@ def choose_emoji(count=300, keep=("red apple", "green apple", "rocket")):
     for code in [*range(0x2600, 0x27C0), *range(0x2B00, 0x2C00), *range(0x1F300, 0x1FAFF)]:
         character = chr(code)
         name = unicodedata.name(character, "").lower()
-        odd = re.search(r"fitzpatrick|symbol|sign|button|clock|japanese|ideograph|square|keycap|input|negative|suit", name)
+        odd = re.search(
+            r"fitzpatrick|symbol|sign|button|clock|japanese|ideograph|square|keycap|input|negative|suit", name
+        )
         if re.fullmatch(r"[a-z]+( [a-z]+){0,2}", name) and not odd and glyph(character):
             names[name] = character
     vectors = {}

@@ -1,11 +1,13 @@
 """The recipe of the embedded model: `python -m keras_sd.training.pretrain --runs runs/emoji`.
 
-Four stages, each skipped where its result is there and resumed where it was stopped:
+Six stages, each skipped where its result is there and resumed where it was stopped:
 
 1. captions      which emoji and backgrounds, which pairs are held out → captions.json, and a tokenizer of its own
 2. autoencoder   ImageEncoder and Decoder, on pictures drawn while training
 3. latents       the training pictures, encoded once
 4. diffusion     TextEncoder and DiffusionModel together, v-prediction, exponential moving average
+5. decoder       the decoder alone, on the latents that the encoder, now frozen, gave
+6. preset        the folder that ships: weights in float16, tokenizer, scheduler, captions, model card
 
 `python -m keras_sd.training.pretrain --help` lists the arguments.
 """
@@ -25,6 +27,7 @@ from keras_sd.noise_scheduler import NoiseScheduler
 from keras_sd.tokenizer import CLIPTokenizer
 from keras_sd.training import emoji_pictures
 from keras_sd.training.bpe import train_bpe
+from keras_sd.weights.diffusers_folder import write_folder, write_json
 
 SIDE = 64
 NUM_MERGES = 1500
@@ -56,7 +59,7 @@ def read_captions(runs):
             for composition in emoji_pictures.compositions()
         ]
         CLIPTokenizer(train_bpe(texts, NUM_MERGES)).save(runs / "tokenizer")
-        _write_json(path, captions)
+        write_json(path, captions)
     return json.loads(path.read_text()), CLIPTokenizer.from_folder(runs / "tokenizer")
 
 
@@ -90,9 +93,7 @@ class AutoencoderTrainer(keras.Model):
     def call(self, image):
         mean, log_variance = (ops.cast(x, "float32") for x in self.moments(image))
         noise = keras.random.normal(ops.shape(mean), seed=self.seed)
-        self.add_loss(
-            self.KL_WEIGHT * 0.5 * ops.mean(ops.square(mean) + ops.exp(log_variance) - 1.0 - log_variance)
-        )
+        self.add_loss(self.KL_WEIGHT * 0.5 * ops.mean(ops.square(mean) + ops.exp(log_variance) - 1.0 - log_variance))
         return ops.cast(self.decoder(mean + ops.exp(0.5 * log_variance) * noise), "float32")
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -138,9 +139,7 @@ class DiffusionTrainer(keras.Model):
     def call(self, x):
         context = ops.repeat(self.text_encoder({"tokens": x["tokens"]}), NOISES_PER_CAPTION, axis=0)
         embedding = timestep_embedding(x["timestep"], DIFFUSION_MODEL["block_out_channels"][0])
-        prediction = self.diffusion_model(
-            {"latent": x["latent"], "timestep_embedding": embedding, "context": context}
-        )
+        prediction = self.diffusion_model({"latent": x["latent"], "timestep_embedding": embedding, "context": context})
         return ops.cast(prediction, "float32")
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -192,7 +191,76 @@ def latent_batches(captions, tokenizer, latents, batch_size, start):
         step += 1
 
 
-# === Both ===
+# === Decoder ===
+
+
+@keras.saving.register_keras_serializable(package="keras_sd")
+class DecoderTrainer(keras.Model):
+    """Learns to draw the pictures from their latents, and from latents a little off, as the U-Net gives them."""
+
+    compute_loss = AutoencoderTrainer.compute_loss
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+        self.built = True
+
+    def call(self, latent):
+        return ops.cast(self.decoder(latent), "float32")
+
+
+def decoder_batches(captions, latents, batch_size, start):
+    """Endless (latent, image): half of them standard, half of any composition; latents with noise of 0 … 0.1 σ."""
+    pairs, compositions = training_pairs(captions), emoji_pictures.compositions()
+    standard = compositions.index(("", ""))
+    spread = float(latents[:100].astype("float32").std())
+    step = start
+    while True:
+        random = np.random.default_rng((3, step))
+        pair = random.integers(len(pairs), size=batch_size)
+        composition = random.integers(len(compositions), size=batch_size)
+        composition = np.where(random.random(batch_size) < 0.5, standard, composition)
+        images = [
+            emoji_pictures.render(captions["emoji"][name], tuple(captions["backgrounds"][background]), *c, SIDE)
+            for (name, background), c in ((pairs[p], compositions[c]) for p, c in zip(pair, composition))
+        ]
+        latent = latents[pair, composition].astype("float32")
+        scale = random.uniform(0.0, 0.1 * spread, (batch_size, 1, 1, 1)).astype("float32")
+        latent += scale * random.standard_normal(latent.shape, dtype="float32")
+        yield latent, np.stack(images).astype("float32") / 127.5 - 1.0
+        step += 1
+
+
+# === Preset ===
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.42.0",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "rescale_betas_zero_snr": False,
+}
+
+
+def write_preset(folder, captions, tokenizer, diffusion, autoencoder, scaling_factor):
+    """Stage 6: everything in one folder in the diffusers layout."""
+    widths = {**AUTOENCODER, "scaling_factor": scaling_factor}
+    encoder, decoder = ImageEncoder(**widths), Decoder(**widths)
+    encoder.set_weights(autoencoder.encoder.get_weights())
+    decoder.set_weights(autoencoder.decoder.get_weights())
+    models = (diffusion.text_encoder, diffusion.diffusion_model, encoder, decoder)
+    write_folder(folder, tokenizer, *models, SCHEDULER, (SIDE, SIDE), "float16")
+    write_json(folder / "captions.json", captions)
+
+
+# === All ===
 
 
 def train(model, batches, path, steps, learning_rate, ema_momentum=None):
@@ -213,6 +281,10 @@ def train(model, batches, path, steps, learning_rate, ema_momentum=None):
     if path.exists():
         model.load_weights(path)
     done = int(optimizer.iterations)
+    if done >= steps:
+        if ema_momentum:
+            optimizer.finalize_variable_values(model.trainable_variables)
+        return
 
     def save(epoch, logs):
         part = path.with_name("part." + path.name)
@@ -230,12 +302,6 @@ def train(model, batches, path, steps, learning_rate, ema_momentum=None):
     )
 
 
-def _write_json(path, value):
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m keras_sd.training.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=pathlib.Path, default="runs/emoji", help="folder of checkpoints and latents")
@@ -243,6 +309,8 @@ def main(arguments=None):
     parser.add_argument("--autoencoder-batch", type=int, default=16, help="pictures a step (default 16)")
     parser.add_argument("--diffusion-steps", type=int, default=6000, help="steps of the U-Net (default 6000)")
     parser.add_argument("--diffusion-batch", type=int, default=32, help="captions a step (default 32)")
+    parser.add_argument("--decoder-steps", type=int, default=3000, help="further steps of the decoder (default 3000)")
+    parser.add_argument("--preset", type=pathlib.Path, default="runs/emoji/preset", help="folder to write at the end")
     parser.add_argument("--dtype", default="mixed_bfloat16", help="Keras dtype policy of the U-Net")
     args = parser.parse_args(arguments)
     args.runs.mkdir(parents=True, exist_ok=True)
@@ -264,14 +332,23 @@ def main(arguments=None):
     print(f"scaling factor {scaling_factor:.5f}", flush=True)
 
     diffusion = DiffusionTrainer(tokenizer.vocab_size, args.dtype)
+    scaled = latents * np.float16(scaling_factor)
     train(
         diffusion,
-        lambda start: latent_batches(captions, tokenizer, latents * np.float16(scaling_factor), args.diffusion_batch, start),
+        lambda start: latent_batches(captions, tokenizer, scaled, args.diffusion_batch, start),
         args.runs / "diffusion.weights.h5",
         args.diffusion_steps,
         learning_rate=1e-3,
         ema_momentum=0.999,
     )
+    train(
+        DecoderTrainer(autoencoder.decoder),
+        lambda start: decoder_batches(captions, latents, args.autoencoder_batch, start),
+        args.runs / "decoder.weights.h5",
+        args.decoder_steps,
+        learning_rate=5e-4,
+    )
+    write_preset(args.preset, captions, tokenizer, diffusion, autoencoder, scaling_factor)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""What two of Keras' backends need before our models run on them as they do elsewhere."""
+
+import keras
+
+if keras.backend.backend() == "torch":
+    import torch
+    from keras.src.backend.torch.layer import TorchLayer
+
+    # Our layers' names hold dots, as the state dict's keys do; torch forbids them in a parameter's name.
+
+    class _DotFree(torch.nn.ParameterDict):
+        def _key_to_attr(self, key):
+            return super()._key_to_attr(key.replace(".", "_"))
+
+    def _track_variables(self):
+        self._torch_params = _DotFree({variable.path: variable.value for variable in self.variables})
+
+    TorchLayer._track_variables = _track_variables
+
+elif keras.backend.backend() == "openvino":
+    import openvino
+
+    # On CPUs with bfloat16 units OpenVINO computes float32 models in bfloat16 unless told otherwise.
+
+    _compile_model = openvino.compile_model
+
+    def _compile_as_typed(model, device_name="AUTO", config=None):
+        types = {output.get_element_type() for node in model.get_ops() for output in node.outputs()}
+        if config is None and not types & {openvino.Type.bf16, openvino.Type.f16}:
+            config = {"INFERENCE_PRECISION_HINT": "f32"}
+        return _compile_model(model, device_name, config)
+
+    openvino.compile_model = _compile_as_typed
