@@ -1,0 +1,16 @@
+"""Fixtures: the checkpoints of `checkpoints.py`, written once a session."""
+
+import pytest
+
+
+def _checkpoint(name):
+    @pytest.fixture(scope="session", name=name)
+    def folder(tmp_path_factory):
+        from checkpoints import write_checkpoint
+
+        return write_checkpoint(name, tmp_path_factory.mktemp(name))
+
+    return folder
+
+
+tiny, narrow_v1, v2_like = map(_checkpoint, ("tiny", "narrow_v1", "v2_like"))
