@@ -1,7 +1,7 @@
 """Checkpoint files to and from a dict name -> NumPy array. No pickle is executed here.
 
 Arrays read from `.safetensors` and from zipped torch files are views of the file on disk: a 4 GB checkpoint costs no
-memory until its values are used, and they cannot be written to.
+memory until its values are used. Treat them as read-only.
 """
 
 import json
