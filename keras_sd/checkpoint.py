@@ -133,6 +133,37 @@ def open_single_file(path, tokenizer=None):
     )
 
 
+KERAS_CV_FILES = {
+    "text_encoder": ("kcv_encoder.h5", "text_encoder_v2_1.h5"),
+    "diffusion_model": ("kcv_diffusion_model.h5", "diffusion_model_v2_1.h5"),
+    "decoder": ("kcv_decoder.h5",),
+    "image_encoder": ("vae_encoder.h5",),
+}
+
+
+def open_keras_cv_folder(path, tokenizer=None):
+    """Opens a folder of KerasCV's weights under the names it publishes them; see `keras_sd.weights.keras_cv`."""
+    from keras_sd.weights.keras_cv import build_from_keras_cv
+
+    def part(name):
+        def build(dtype=None):
+            names = KERAS_CV_FILES[name]
+            file = next((path / name for name in names if (path / name).exists()), None)
+            if file is None:
+                raise FileNotFoundError(f"{str(path)!r} holds no {' or '.join(names)} for the {name}.")
+            return build_from_keras_cv(file, dtype)
+
+        return build
+
+    v2 = (path / KERAS_CV_FILES["diffusion_model"][1]).exists()
+    return Checkpoint(
+        tokenizer=lambda: clip_tokenizer(tokenizer, "!" if v2 else "<|endoftext|>"),
+        **{name: part(name) for name in KERAS_CV_FILES},
+        scheduler=lambda: {**SD_SCHEDULER, "prediction_type": "v_prediction" if v2 else "epsilon"},
+        image_size=lambda: (768, 768) if v2 else (512, 512),
+    )
+
+
 def clip_tokenizer(source, pad_token):
     """The tokenizer of a checkpoint that carries none.
 

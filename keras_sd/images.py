@@ -45,10 +45,9 @@ def fit(image, height, width, factor):
     """
     width = width or max(image.width // factor, 1) * factor
     height = height or max(image.height // factor, 1) * factor
-    if abs(image.width - width) < factor and abs(image.height - height) < factor and image.width >= width:
-        if image.height >= height:
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            return image.crop((left, top, left + width, top + height))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    if 0 <= image.width - width < factor and 0 <= image.height - height < factor:
+        return image.crop((left, top, left + width, top + height))
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 

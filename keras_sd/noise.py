@@ -14,7 +14,9 @@ def initial_noise(seed, batch_size, shape):
     Returns:
         float32 (batch_size, h, w, channels).
     """
-    return np.stack([np.random.default_rng(seed + i).standard_normal(shape, dtype="float32") for i in range(batch_size)])
+    return np.stack(
+        [np.random.default_rng(seed + i).standard_normal(shape, dtype="float32") for i in range(batch_size)]
+    )
 
 
 def row_noise(seed, batch_size, shape):

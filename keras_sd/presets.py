@@ -28,4 +28,6 @@ def locate(preset):
         return path
     close = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"No preset or path {name!r}.{hint} Presets: {', '.join(PRESETS)}; or give a path or hf://owner/name.")
+    raise ValueError(
+        f"No preset or path {name!r}.{hint} Presets: {', '.join(PRESETS)}; or give a path or hf://owner/name."
+    )

@@ -585,7 +585,7 @@ def dpmpp_2m_sde(run, *, order=2, **options):
 
 
 def _dpm_multistep(run, order, predict, *, solver_type, lower_order_final, euler_at_final, final_sigma, sde=False):
-    """Fewer than 15 steps end with lower orders where `lower_order_final`; a last step to σ = 0 has to be of order 1."""
+    """Fewer than 15 steps end with lower orders where `lower_order_final`; a last step to σ = 0 is of order 1."""
     rounding = np.trunc if run.scheduler.beta_schedule == "squaredcos_cap_v2" else np.round
     t, alpha, sigma, lam = run.half_log_snr(final_sigma, rounding)
     lower_order_final = lower_order_final and run.num_steps < 15

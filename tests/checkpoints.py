@@ -28,7 +28,7 @@ CHECKPOINTS = {
         ),
     },
     "narrow_v1": {
-        "text": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4},
+        "text": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 12, "num_attention_heads": 2},
         "unet": {
             "block_out_channels": (32, 64, 128, 128),
             "down_block_types": V1_BLOCKS,
@@ -41,17 +41,17 @@ CHECKPOINTS = {
     },
     "v2_like": {
         "text": {
-            "hidden_size": 64,
-            "intermediate_size": 128,
+            "hidden_size": 128,
+            "intermediate_size": 512,
             "num_hidden_layers": 23,
-            "num_attention_heads": 4,
+            "num_attention_heads": 2,
             "hidden_act": "gelu",
         },
         "unet": {
-            "block_out_channels": (32, 64, 128, 128),
+            "block_out_channels": (64, 128, 192, 192),
             "down_block_types": V1_BLOCKS,
             "layers_per_block": 2,
-            "attention_head_dim": [2, 4, 8, 8],
+            "attention_head_dim": [1, 2, 3, 3],
             "use_linear_projection": True,
             "sample_size": 8,
         },

@@ -92,7 +92,10 @@ def run_diffusers(kind, config, num_steps, strength=1.0, **step_options):
     row = 0
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(sys.modules[type(scheduler).__module__], "randn_tensor"):
-            draw = lambda shape, dtype, **_: torch.from_numpy(row_noise(row)).to(dtype)
+
+            def draw(shape, dtype, **_):
+                return torch.from_numpy(row_noise(row)).to(dtype)
+
             patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw)
         for row, t in enumerate(timesteps):
             output = model(scheduler.scale_model_input(x, t).double().numpy(), float(t))
@@ -222,7 +225,7 @@ def perfect_model(table, clean):
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_levels_are_those_of_the_sample(name, strength):
-    """With a perfect model x is signal·x0 + noise of size σ before every row, which image-to-image and inpainting use."""
+    """With a perfect model x is signal·x0 + noise of size σ before every row, as image-to-image and inpainting need."""
     table = make_table(name, NoiseScheduler(), 10, strength=strength)
     if strength < 1 and name in ("plms", "lms"):
         pytest.skip("diffusers' later start, which is reproduced, leaves the schedule")

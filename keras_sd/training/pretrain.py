@@ -153,7 +153,7 @@ def encode_pictures(captions, encoder, path):
     for i, (name, background) in enumerate(pairs):
         rgb = tuple(captions["backgrounds"][background])
         images = [emoji_pictures.render(captions["emoji"][name], rgb, *c, SIDE) for c in compositions]
-        latents[i] = ops.convert_to_numpy(encoder(np.stack(images).astype("float32") / 127.5 - 1.0))
+        latents[i] = encoder.predict_on_batch(np.stack(images).astype("float32") / 127.5 - 1.0)
         if i % 500 == 0:
             print(f"latents {i}/{len(pairs)}", flush=True)
     with open(path.with_suffix(".part"), "wb") as file:

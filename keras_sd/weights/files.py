@@ -277,7 +277,7 @@ def write_safetensors(path, arrays, metadata=None):
 
     Args:
         path: file to write; its folder is made.
-        arrays: dict name -> array of any of the types in `SAFETENSORS_DTYPES`; written one by one, never copied at once.
+        arrays: dict name -> array of the types in `SAFETENSORS_DTYPES`; written one by one, never copied at once.
         metadata: dict of strings; `{"format": "pt"}` by default, which transformers insists on.
 
     Raises:

@@ -40,7 +40,7 @@ def download_hf(uri, sha256=None):
 
     Args:
         uri: what to fetch; `revision` is a branch, tag or commit.
-        sha256: dict path in the repository -> hexadecimal digest, for the files to check. (For a single file, a digest.)
+        sha256: dict path in the repository -> hexadecimal digest of the files to check; for a single file, a digest.
 
     Returns:
         Path of the folder or of the file.
