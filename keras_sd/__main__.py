@@ -70,8 +70,6 @@ def main(arguments=None):
         args = build_parser().parse_args(arguments)
     except SystemExit as stop:
         return stop.code
-    # TensorFlow's start-up notes are not about the picture.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
     try:
         return args.run(args) or 0
@@ -154,9 +152,29 @@ def output_paths(out, outdir, count):
 
 def open_model(args):
     """The `StableDiffusion` that --preset, --ckpt, --tokenizer and --dtype name."""
+    from keras_sd.presets import locate
+
+    source = locate(args.ckpt or args.preset)
+    start_backend()
     from keras_sd.stable_diffusion import StableDiffusion
 
-    return StableDiffusion.from_preset(args.ckpt or args.preset, dtype=args.dtype, tokenizer=args.tokenizer)
+    return StableDiffusion.from_preset(source, dtype=args.dtype, tokenizer=args.tokenizer)
+
+
+def start_backend():
+    """Imports Keras with the backend's start-up notes, which C++ writes to file descriptor 2, kept off the terminal."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        import keras
+
+        keras.ops.zeros(1)
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
 
 
 def list_presets(args):

@@ -1,0 +1,172 @@
+"""The four models against diffusers and transformers, with the same weights; sizes, dtypes, saving."""
+
+import diffusers
+import keras
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from keras_sd import Decoder, DiffusionModel, ImageEncoder, StableDiffusion, TextEncoder
+from keras_sd.layers import attention as attention_module
+from keras_sd.layers import dot_product_attention, timestep_embedding
+
+NARROW = {
+    TextEncoder: {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    DiffusionModel: {
+        "block_out_channels": (16, 32),
+        "attention_levels": (True, False),
+        "layers_per_block": 1,
+        "num_attention_heads": 4,
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+    },
+    ImageEncoder: {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
+    Decoder: {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
+}
+
+
+def inputs_of(cls):
+    random = np.random.default_rng(0)
+    if cls is TextEncoder:
+        return {"tokens": random.integers(0, 60, (2, 77), dtype="int32")}
+    if cls is DiffusionModel:
+        shapes = {"latent": (2, 9, 13, 4), "timestep_embedding": (2, 16), "context": (2, 77, 32)}
+        return {name: random.standard_normal(shape, "float32") for name, shape in shapes.items()}
+    return random.standard_normal((1, 40, 24, 3) if cls is ImageEncoder else (1, 5, 3, 4), "float32")
+
+
+def numpy(x):
+    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")))
+
+
+def distance(a, b):
+    a, b = numpy(a), np.asarray(b)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def channels_last(x):
+    return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+def channels_first(x):
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+# === Parity ===
+
+
+@pytest.fixture(scope="module", params=["tiny", "narrow_v1", "v2_like"])
+def folder(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def sd(folder):
+    return StableDiffusion.from_preset(folder)
+
+
+def test_tokens_and_text_encoder(sd, folder):
+    prompts = ["", "an apple", "two apples, please! it's 7 o'clock", "ünïcode 苹果 🍎", "pear " * 100]
+    peer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    expected = peer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    with pytest.warns(UserWarning, match="pear"):
+        tokens = sd.tokenizer(prompts)
+    np.testing.assert_array_equal(tokens, expected)
+    encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+    with torch.no_grad():
+        assert distance(sd.text_encoder({"tokens": tokens}), encoder(expected)[0]) < 1e-4
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (16, 8), (9, 13)])
+def test_diffusion_model(sd, folder, height, width):
+    peer = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    random = np.random.default_rng(height)
+    latent = random.standard_normal((2, height, width, 4), "float32")
+    context = random.standard_normal((2, 77, peer.config.cross_attention_dim), "float32")
+    timestep = np.array([749.25, 3.0], "float32")
+    embedding = timestep_embedding(timestep, peer.config.block_out_channels[0])
+    ours = sd.diffusion_model({"latent": latent, "timestep_embedding": embedding, "context": context})
+    with torch.no_grad():
+        theirs = peer(channels_first(latent), torch.from_numpy(timestep), torch.from_numpy(context)).sample
+    assert distance(ours, channels_last(theirs)) < 1e-4
+
+
+def test_autoencoder(sd, folder):
+    peer = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 72, 104, 3)).astype("float32")
+    with torch.no_grad():
+        posterior = peer.encode(channels_first(image)).latent_dist
+        scale = peer.config.scaling_factor
+        assert distance(sd.image_encoder(image), scale * channels_last(posterior.mean)) < 1e-4
+        mean, log_variance = sd.image_encoder.moments(image)
+        assert distance(mean, channels_last(posterior.mean)) < 1e-4
+        assert distance(log_variance, channels_last(posterior.logvar)) < 1e-4
+        latent = scale * channels_last(posterior.mean)
+        decoded = peer.decode(posterior.mean).sample
+        assert distance(sd.decoder(latent), channels_last(decoded)) < 1e-4
+
+
+# === As Keras models ===
+
+
+@pytest.mark.parametrize("cls", list(NARROW))
+def test_config_and_saving(cls, tmp_path):
+    model = cls(**NARROW[cls])
+    inputs = inputs_of(cls)
+    expected = numpy(model(inputs))
+    again = cls.from_config(model.get_config())
+    again.set_weights(model.get_weights())
+    np.testing.assert_array_equal(numpy(again(inputs)), expected)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(numpy(loaded(inputs)), expected, atol=1e-6)
+    model.save_weights(tmp_path / "model.weights.h5")
+    again.load_weights(tmp_path / "model.weights.h5")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("cls", list(NARROW))
+def test_precision(cls, dtype):
+    model, half = cls(**NARROW[cls]), cls(**NARROW[cls], dtype=dtype)
+    half.set_weights(model.get_weights())
+    stored = "float32" if dtype.startswith("mixed") else dtype
+    assert {v.dtype for v in half.variables} == {stored}
+    inputs = inputs_of(cls)
+    output = half(inputs)
+    assert keras.backend.standardize_dtype(output.dtype) == dtype.removeprefix("mixed_")
+    assert distance(output, numpy(model(inputs))) < (0.05 if "bfloat16" in dtype else 0.01)
+
+
+@pytest.mark.parametrize("positions", [np.arange(77)[None], np.arange(77)[None].repeat(2, 0), None])
+def test_positions_are_optional(positions):
+    model, inputs = TextEncoder(**NARROW[TextEncoder]), inputs_of(TextEncoder)
+    given = inputs if positions is None else {**inputs, "positions": positions.astype("int32")}
+    np.testing.assert_allclose(numpy(model(given)), numpy(model(inputs)), atol=1e-6)
+    backwards = {**inputs, "positions": np.arange(77, dtype="int32")[None, ::-1].repeat(2, 0)}
+    assert distance(model(backwards), numpy(model(inputs))) > 1e-3
+
+
+def test_layers_carry_the_names_of_the_state_dict():
+    model = DiffusionModel(**NARROW[DiffusionModel])
+    assert model.get_layer("down_blocks.0.resnets.0").conv1.kernel.path == "down_blocks.0.resnets.0/conv1/kernel"
+
+
+def test_defaults_are_sd_v1():
+    assert TextEncoder.__init__.__defaults__[:6] == (49408, 77, 768, 12, 12, 3072)
+    assert DiffusionModel.__init__.__defaults__[2] == (320, 640, 1280, 1280)
+
+
+def test_per_level_arguments_are_checked():
+    with pytest.raises(ValueError, match="num_attention_heads must be one value or 4"):
+        DiffusionModel(num_attention_heads=(8, 8))
+    with pytest.raises(ValueError, match="hidden_act must be one of"):
+        TextEncoder(hidden_act="relu")
+
+
+def test_chunked_attention_equals_plain_attention(monkeypatch):
+    random = np.random.default_rng(0)
+    query, key, value = (random.standard_normal((2, n, 4, 8), "float32") for n in (50, 33, 33))
+    plain = numpy(dot_product_attention(query, key, value))
+    monkeypatch.setattr(attention_module, "MAX_SCORES", 2000)
+    assert distance(dot_product_attention(query, key, value), plain) < 1e-5
