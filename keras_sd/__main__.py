@@ -1,8 +1,12 @@
-"""The command line: `python -m keras_sd txt2img "red apple on a blue background" --preset emoji --out out.png`."""
+"""The command line: `python -m keras_sd txt2img "red apple on a blue background" --preset emoji --out out.png`.
+
+Keras takes seconds to import, so nothing here imports it before the arguments are known to be right.
+"""
 
 import argparse
 import os
 import pathlib
+import shutil
 import sys
 import warnings
 
@@ -11,32 +15,64 @@ EPILOG = (
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the list of all options."""
+
+    def error(self, message):
+        self.exit(2, f"Error: {message} ({self.prog} --help shows the options)\n")
+
+
+def number(kind, least, most=float("inf")):
+    """An argument type: an integer or a number in a range."""
+
+    def parse(text):
+        limit = f" from {least} to {most}" if most < float("inf") else f" of at least {least}"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {name}{limit}; got {text!r}")
+        return value
+
+    return parse
+
+
 def build_parser():
     """The parser; a command's function is its `run`."""
-    parser = argparse.ArgumentParser(prog="python -m keras_sd", description="Stable Diffusion in Keras.", epilog=EPILOG)
+    parser = Parser(prog="python -m keras_sd", description="Stable Diffusion in Keras.", epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--preset", default="emoji", help="preset, path or hf://owner/name (default emoji)")
-    model.add_argument("--ckpt", help="a checkpoint on disk, instead of --preset")
     model.add_argument("--tokenizer", help="merges file or tokenizer folder, for a checkpoint that carries none")
-    model.add_argument("--dtype", help="float32, bfloat16 or float16")
+    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the models")
 
     draw = argparse.ArgumentParser(add_help=False, parents=[model])
+    draw.add_argument("--preset", default="emoji", help="preset, path or hf://owner/name (default emoji)")
+    draw.add_argument("--ckpt", help="a checkpoint on disk, instead of --preset")
     draw.add_argument("prompt", nargs="?", help="what to draw")
     draw.add_argument("--prompt", dest="prompt_option", metavar="PROMPT", help="the same, as an option")
     draw.add_argument("--negative-prompt", "--negative_prompt", default="", help="what to steer away from")
-    draw.add_argument("--steps", "--ddim_steps", "--ddim-steps", type=int, default=25, help="steps (default 25)")
+    draw.add_argument(
+        "--steps", "--ddim_steps", "--ddim-steps", type=number(int, 1), default=25, help="steps (default 25)"
+    )
     draw.add_argument("--sampler", help="one of keras_sd.SAMPLERS (default: the preset's own)")
     draw.add_argument("--plms", action="store_const", const="plms", dest="sampler", help="the same as --sampler plms")
     draw.add_argument("--karras", action="store_true", help="noise levels spaced as in Karras et al. (2022)")
-    draw.add_argument("--ddim_eta", "--ddim-eta", "--eta", type=float, help="noise that ddim and tcd add, 0 … 1")
+    draw.add_argument(
+        "--ddim_eta",
+        "--ddim-eta",
+        "--eta",
+        type=number(float, 0, 1),
+        help="noise that ddim and tcd add, 0 … 1; chooses ddim where --sampler does not choose",
+    )
     draw.add_argument("--scale", type=float, default=7.5, help="guidance scale (default 7.5; 1 is no guidance)")
-    draw.add_argument("--H", "--height", dest="height", type=int, help="height in pixels")
-    draw.add_argument("--W", "--width", dest="width", type=int, help="width in pixels")
-    draw.add_argument("--seed", type=int, help="seed of the first picture (default: a random one)")
-    draw.add_argument("--n_samples", "--n-samples", type=int, default=1, help="pictures at once (default 1)")
-    draw.add_argument("--n_iter", "--n-iter", type=int, default=1, help="how often (default 1)")
+    draw.add_argument("--H", "--height", dest="height", type=number(int, 1), help="height in pixels")
+    draw.add_argument("--W", "--width", dest="width", type=number(int, 1), help="width in pixels")
+    draw.add_argument("--seed", type=number(int, 0), help="seed of the first picture (default: a random one)")
+    draw.add_argument("--n_samples", "--n-samples", type=number(int, 1), default=1, help="pictures at once (default 1)")
+    draw.add_argument("--n_iter", "--n-iter", type=number(int, 1), default=1, help="how often (default 1)")
     target = draw.add_mutually_exclusive_group()
     target.add_argument("--out", help="PNG to write (default out.png); several become out-0.png, out-1.png, …")
     target.add_argument("--outdir", help="folder for numbered PNGs; no file in it is overwritten")
@@ -45,21 +81,24 @@ def build_parser():
     start = argparse.ArgumentParser(add_help=False)
     start.add_argument("--init-img", "--init_img", required=True, help="picture to start from")
 
-    txt2img = commands.add_parser("txt2img", parents=[draw], help="draw pictures from text")
-    txt2img.set_defaults(run=lambda args: draw_pictures(args, "text_to_image"))
-    img2img = commands.add_parser("img2img", parents=[draw, start], help="change a picture")
-    img2img.add_argument("--strength", type=float, default=0.8, help="how much to change, 0 … 1 (default 0.8)")
-    img2img.set_defaults(run=lambda args: draw_pictures(args, "image_to_image"))
-    inpaint = commands.add_parser("inpaint", parents=[draw, start], help="repaint a part of a picture")
+    def drawing(name, parents, method, strength, **kwargs):
+        command = commands.add_parser(name, parents=parents, epilog=EPILOG, **kwargs)
+        command.set_defaults(run=draw_pictures, method=method, usage_error=command.error)
+        if strength is not None:
+            text = f"how much to change, 0 … 1 (default {strength:g})"
+            command.add_argument("--strength", type=number(float, 0, 1), default=strength, help=text)
+        return command
+
+    drawing("txt2img", [draw], "text_to_image", None, help="draw pictures from text")
+    drawing("img2img", [draw, start], "image_to_image", 0.8, help="change a picture")
+    inpaint = drawing("inpaint", [draw, start], "inpaint", 1.0, help="repaint a part of a picture")
     inpaint.add_argument("--mask", required=True, help="picture that is white where to repaint")
-    inpaint.add_argument("--strength", type=float, default=1.0, help="how much to change, 0 … 1 (default 1)")
-    inpaint.set_defaults(run=lambda args: draw_pictures(args, "inpaint"))
 
     presets = commands.add_parser("presets", help="list the built-in presets")
     presets.set_defaults(run=list_presets)
     convert = commands.add_parser("convert", parents=[model], help="any format → a folder in the diffusers layout")
-    convert.add_argument("target", help="folder to write")
-    convert.add_argument("--store", help="dtype to store: float32, float16 or bfloat16 (default: that of the weights)")
+    convert.add_argument("source", help="preset, path or hf://owner/name")
+    convert.add_argument("target", help="folder to write; it must not exist")
     convert.set_defaults(run=convert_checkpoint)
     return parser
 
@@ -68,97 +107,175 @@ def main(arguments=None):
     """Runs a command; returns the exit code: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
     try:
         args = build_parser().parse_args(arguments)
-    except SystemExit as stop:
-        return stop.code
-    warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
-    try:
-        return args.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
+            args.run(args)
+        return 0
+    except SystemExit as stop:  # argparse's way to say that the help was shown, or that the usage is wrong
+        return stop.code or 0
     except KeyboardInterrupt:
-        print("Interrupted; nothing was written.", file=sys.stderr)
+        print("Interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+    except Exception as error:
         if os.environ.get("KERAS_SD_TRACEBACK"):
             raise
-        print(f"Error: {error or type(error).__name__}", file=sys.stderr)
+        print(f"Error: {sentence(error)}", file=sys.stderr)
         return 1
 
 
-def draw_pictures(args, method):
-    """txt2img, img2img and inpaint."""
-    if (args.prompt is None) == (args.prompt_option is None):
-        raise ValueError("Give one prompt: as an argument or with --prompt.")
-    for flag, value in (("--n_samples", args.n_samples), ("--n_iter", args.n_iter), ("--steps", args.steps)):
-        if value < 1:
-            raise ValueError(f"{flag} must be at least 1; got {value}.")
-    count = args.n_samples * args.n_iter
-    paths = output_paths(args.out, args.outdir, count)
+def sentence(error):
+    """What an exception says, on one line and without the system's error number."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename!r}" if error.filename else "")
+    elif not isinstance(error, (ValueError, TypeError, OSError, ImportError)):  # not ours: its kind may tell more
+        text = f"{type(error).__name__}: {text}"
+    return " ".join(text.split())
 
-    from keras_sd.png import check_writable, write_png
 
-    for path in paths:
-        check_writable(path)
+# === txt2img, img2img, inpaint ===
 
+
+def draw_pictures(args):
+    """Draws and writes pictures; what can be wrong is said before anything is downloaded, loaded or drawn."""
     import secrets
 
-    sd = open_model(args)
+    if (args.prompt is None) == (args.prompt_option is None):
+        args.usage_error("give one prompt, as an argument or with --prompt")
     prompt = args.prompt if args.prompt is not None else args.prompt_option
-    seed = secrets.randbits(31) if args.seed is None else args.seed
+    sampler = "ddim" if args.sampler is None and args.ddim_eta is not None else args.sampler
     options = {"karras": True} if args.karras else {}
     options |= {} if args.ddim_eta is None else {"eta": args.ddim_eta}
-    pictures = {"image_to_image": ("init_img",), "inpaint": ("init_img", "mask")}.get(method, ())
+    check_sampler(args, sampler, options)
+    check_output(args)
+    pictures = open_pictures(args)
     options |= {"strength": args.strength} if pictures else {}
-    for i in range(args.n_iter):
-        first = i * args.n_samples
-        images = getattr(sd, method)(
-            *(getattr(args, name) for name in pictures),
+
+    sd = open_model(args.ckpt or args.preset, args)
+    seed = secrets.randbits(31) if args.seed is None else args.seed
+    for first in range(0, args.n_samples * args.n_iter, args.n_samples):
+        images = getattr(sd, args.method)(
+            *pictures,
             prompt,
             negative_prompt=args.negative_prompt or None,
             batch_size=args.n_samples,
             num_steps=args.steps,
             unconditional_guidance_scale=args.scale,
             seed=seed + first,
-            sampler=args.sampler,
+            sampler=sampler,
             height=args.height,
             width=args.width,
-            progress=not args.quiet,
+            progress=not args.quiet and sys.stderr.isatty(),
             **options,
         )
-        for j, (path, image) in enumerate(zip(paths[first:], images), start=first):
-            fields = {
-                "Steps": args.steps,
-                "Sampler": args.sampler or sd.scheduler[1],
-                "CFG_scale": args.scale,
-                "Seed": seed + j,
-                "Size": f"{image.shape[1]}x{image.shape[0]}",
-                "Model": pathlib.Path(args.ckpt or args.preset).name,
-            }
-            strength = {"Denoising_strength": args.strength} if pictures else {}
-            write_png(path, image, prompt, args.negative_prompt, **fields, **strength)
-            print(path)
-    print(f"seed {seed}")
+        for i, image in enumerate(images, start=first):
+            path = write_picture(args, i, image, prompt, described(args, sd, sampler, seed + i, image))
+            print(f"{path}: seed {seed + i}", flush=True)
 
 
-def output_paths(out, outdir, count):
-    """Where `count` pictures go."""
-    if outdir is not None:
-        folder = pathlib.Path(outdir)
-        taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdigit()] if folder.is_dir() else []
-        return [folder / f"{i:05d}.png" for i in range(max(taken, default=-1) + 1, max(taken, default=-1) + 1 + count)]
-    path = pathlib.Path(out or "out.png")
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)]
+def check_sampler(args, sampler, options):
+    """Builds a named sampler's table, which needs NumPy alone, for the errors that it raises."""
+    from keras_sd.noise_scheduler import NoiseScheduler
+    from keras_sd.samplers import make_table
+
+    if sampler is not None:
+        try:
+            make_table(sampler, NoiseScheduler(), args.steps, guidance_scale=args.scale, **options)
+        except ValueError as error:
+            args.usage_error(str(error))
 
 
-def open_model(args):
-    """The `StableDiffusion` that --preset, --ckpt, --tokenizer and --dtype name."""
+def check_output(args):
+    """Raises where the pictures could not be written."""
+    from keras_sd.png import check_writable
+
+    if args.outdir is not None:
+        return check_writable(pathlib.Path(args.outdir) / "00000.png")
+    if args.out is not None and not args.out.lower().endswith(".png"):
+        args.usage_error(f"--out must end in .png, which is what is written; got {args.out!r}")
+    for i in range(args.n_samples * args.n_iter):
+        check_writable(output_path(args, i))
+
+
+def open_pictures(args):
+    """The pictures that the command starts from: the image, and the mask."""
+    from keras_sd.images import read_image
+
+    names = {"image_to_image": ("init_img",), "inpaint": ("init_img", "mask")}.get(args.method, ())
+    return [read_image(getattr(args, name), f"--{name.replace('_', '-')}") for name in names]
+
+
+def output_path(args, i):
+    """Where picture `i` goes with --out."""
+    path = pathlib.Path(args.out or "out.png")
+    return path if args.n_samples * args.n_iter == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
+
+
+def write_picture(args, i, image, prompt, parameters):
+    """Writes picture `i`; returns its path. In --outdir it takes the next free number."""
+    from keras_sd.png import write_png
+
+    if args.outdir is None:
+        path = output_path(args, i)
+        write_png(path, image, prompt, args.negative_prompt, **parameters)
+        return path
+    path = reserve_number(pathlib.Path(args.outdir))
+    try:
+        write_png(path, image, prompt, args.negative_prompt, **parameters)
+    except BaseException:
+        path.unlink()
+        raise
+    return path
+
+
+def reserve_number(folder):
+    """Makes an empty file under the next free number, which no other process that writes there will then take."""
+    folder.mkdir(parents=True, exist_ok=True)
+    i = max((int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()), default=-1) + 1
+    while True:
+        path = folder / f"{i:05d}.png"
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            i += 1
+
+
+def described(args, sd, sampler, seed, image):
+    """The fields of a picture's `parameters`; see `keras_sd.png`."""
+    from keras_sd import __version__
+    from keras_sd.png import SAMPLER_NAMES
+
+    _, own_sampler, own_options = sd.scheduler
+    name = sampler or own_sampler
+    karras = args.karras or (sampler is None and own_options.get("karras"))
+    model = pathlib.Path(args.ckpt or args.preset)
+    return {
+        "Steps": args.steps,
+        "Sampler": SAMPLER_NAMES.get(name, name.upper()),
+        "Schedule_type": "Karras" if karras else None,
+        "CFG_scale": f"{args.scale:g}",
+        "Seed": seed,
+        "Size": f"{image.shape[1]}x{image.shape[0]}",
+        "Model": model.stem if model.suffix in (".ckpt", ".safetensors") else model.name,
+        "Denoising_strength": getattr(args, "strength", None),
+        "Eta": args.ddim_eta,
+        "Version": f"keras_sd {__version__}",
+    }
+
+
+# === The model ===
+
+
+def open_model(source, args):
+    """The `StableDiffusion` of a preset or path, with --tokenizer and --dtype."""
     from keras_sd.presets import locate
 
-    source = locate(args.ckpt or args.preset)
+    path = locate(source)
     start_backend()
     from keras_sd.stable_diffusion import StableDiffusion
 
-    return StableDiffusion.from_preset(source, dtype=args.dtype, tokenizer=args.tokenizer)
+    return StableDiffusion.from_preset(path, dtype=args.dtype, tokenizer=args.tokenizer)
 
 
 def start_backend():
@@ -177,6 +294,9 @@ def start_backend():
         os.close(nowhere)
 
 
+# === presets, convert ===
+
+
 def list_presets(args):
     """presets: names, sources and licences."""
     from keras_sd.presets import PRESETS
@@ -186,10 +306,32 @@ def list_presets(args):
 
 
 def convert_checkpoint(args):
-    """convert: opens a checkpoint and saves it as a preset."""
-    open_model(args).save_preset(args.target, args.store)
+    """convert: opens a checkpoint and saves it as a preset. The folder appears when it is complete, or not at all."""
+    from keras_sd.png import check_writable
+
+    target = pathlib.Path(os.path.abspath(args.target))
+    if target.exists():
+        raise FileExistsError(f"{args.target!r} exists already; name a folder that does not.")
+    check_writable(target)
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        open_model(args.source, args).save_preset(part, args.dtype)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     print(args.target)
 
 
+def run_and_exit():
+    """The process' entry: leaves at once, as Python's tidying up behind TensorFlow takes a second."""
+    code = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # whoever read the output has left
+        code = code or 1
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()
