@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_sd.__main__ import main
+from keras_sd.__main__ import build_parser, main
 from keras_sd.png import read_parameters
 from keras_sd.presets import Preset
 
-DRAW = ["txt2img", "an apple", "--steps", "2", "--quiet"]
+DRAW = ["txt2img", "an apple", "--steps", "2"]
+DRAWING = ("txt2img", "img2img", "inpaint")
+PATH = {"PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
 
 
 class Recorder:
@@ -36,120 +39,244 @@ class Recorder:
 
 
 @pytest.fixture
-def recorder(monkeypatch):
+def recorder(monkeypatch, tmp_path):
+    """Calls of the stub; the working folder is empty but for the pictures of one colour `a.png` and `b.png`."""
     Recorder.calls = []
     monkeypatch.setattr("keras_sd.presets.PRESETS", {"emoji": Preset(".", "", "")})
     monkeypatch.setattr("keras_sd.stable_diffusion.StableDiffusion", Recorder)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 8), "red").save("a.png")
+    Image.new("RGB", (16, 8), "blue").save("b.png")
     return Recorder.calls
 
 
 def run(*args, error=None, code=1, capsys):
-    """Runs the command line; where an error is expected, asserts one sentence that holds `error`."""
+    """Runs the command line and returns what it printed.
+
+    Where an error is expected, it asserts the exit code and that one sentence is said, with `error` in it.
+    """
     result = main([*map(str, args)])
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     if error is None:
         assert result == 0, err
     else:
         lines = [line for line in err.strip().splitlines() if not line.startswith("Warning")]
         assert result == code and len(lines) == 1 and error in lines[0] and "Traceback" not in err, err
+    return out
 
 
-def test_every_flag_is_consumed(recorder, tmp_path, capsys):
-    common = {
-        "--negative-prompt": ("blue", "negative_prompt", "blue"),
-        "--ddim_steps": ("7", "num_steps", 7),
-        "--sampler": ("euler", "sampler", "euler"),
-        "--ddim_eta": ("0.5", "eta", 0.5),
-        "--scale": ("0", "unconditional_guidance_scale", 0.0),
-        "--H": ("72", "height", 72),
-        "--W": ("104", "width", 104),
-        "--seed": ("11", "seed", 11),
-        "--n_samples": ("3", "batch_size", 3),
-    }
-    own = {
-        "txt2img": ("text_to_image", {}, ()),
-        "img2img": ("image_to_image", {"--init-img": "a.png", "--strength": "0.25"}, ("a.png",)),
-        "inpaint": ("inpaint", {"--init-img": "a.png", "--mask": "b.png", "--strength": "0.5"}, ("a.png", "b.png")),
-    }
-    flags = [x for flag, (value, _, _) in common.items() for x in (flag, value)]
-    for command, (method, extra, pictures) in own.items():
+# === Flags ===
+
+# A value for every option, other than its default.
+VALUES = {
+    "--prompt": "a pear",
+    "--negative-prompt": "blue",
+    "--steps": "7",
+    "--sampler": "euler",
+    "--plms": None,
+    "--karras": None,
+    "--ddim_eta": "0.5",
+    "--scale": "0",
+    "--H": "72",
+    "--W": "104",
+    "--seed": "11",
+    "--n_samples": "3",
+    "--n_iter": "2",
+    "--out": "other.png",
+    "--outdir": "folder",
+    "--quiet": None,
+    "--preset": "a.png",
+    "--ckpt": "a.png",
+    "--tokenizer": "t",
+    "--dtype": "float16",
+    "--init-img": "b.png",
+    "--mask": "a.png",
+    "--strength": "0.25",
+}
+REQUIRED = {"txt2img": {}, "img2img": {"--init-img": "a.png"}, "inpaint": {"--init-img": "a.png", "--mask": "b.png"}}
+
+
+def options_of(command):
+    """The spellings of each option of a command."""
+    (commands,) = (action for action in build_parser()._actions if action.dest == "command")
+    actions = commands.choices[command]._actions
+    return [action.option_strings for action in actions if action.option_strings and action.dest != "help"]
+
+
+def without_pictures(args):
+    return [x.getpixel((0, 0)) if isinstance(x, Image.Image) else x for x in args]
+
+
+@pytest.mark.parametrize("command", DRAWING)
+def test_every_flag_is_consumed(command, recorder, capsys, monkeypatch):
+    """Each option that the parser knows, in each spelling, changes what is drawn or where it is written."""
+    monkeypatch.setattr("secrets.randbits", lambda bits: 5)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    def effect(flags):
         recorder.clear()
-        more = [x for pair in extra.items() for x in pair]
-        model = ["--preset", tmp_path, "--dtype", "float16", "--tokenizer", "t"]
-        out = ["--outdir", tmp_path / command, "--n_iter", "2", "--karras", "--quiet"]
-        run(command, "--prompt", "an apple", *flags, *more, *model, *out, capsys=capsys)
-        assert recorder[0] == ("from_preset", (tmp_path,), {"dtype": "float16", "tokenizer": "t"})
-        name, args, kwargs = recorder[1]
-        assert name == method and args == (*pictures, "an apple")
-        for _, argument, value in common.values():
-            assert kwargs[argument] == value, argument
-        assert kwargs["karras"] is True and kwargs["progress"] is False
-        assert kwargs.get("strength") == (float(extra["--strength"]) if extra else None)
-        assert recorder[2][2]["seed"] == 14
-        assert sorted(p.name for p in (tmp_path / command).iterdir()) == [f"{i:05d}.png" for i in range(6)]
-    (tmp_path / "c.ckpt").touch()
-    run("txt2img", "x", "--plms", "--ckpt", tmp_path / "c.ckpt", "--out", tmp_path / "a.png", capsys=capsys)
-    assert recorder[-2][1] == (tmp_path / "c.ckpt",) and recorder[-1][2]["sampler"] == "plms"
-    assert "Model: c.ckpt" in read_parameters(tmp_path / "a.png")
-    run("convert", "target", "--preset", tmp_path, "--store", "float16", capsys=capsys)
-    assert recorder[-1] == ("save_preset", ("target", "float16"), {})
+        prompt = [] if "--prompt" in flags else ["an apple"]
+        flags = [x for pair in (REQUIRED[command] | flags).items() for x in pair if x is not None]
+        out = run(command, *prompt, *flags, capsys=capsys)
+        shutil.rmtree("folder", ignore_errors=True)
+        return repr((out, [(name, without_pictures(args), kwargs) for name, args, kwargs in recorder]))
+
+    plain = effect({})
+    for spellings in options_of(command):
+        (value,) = (VALUES[spelling] for spelling in spellings if spelling in VALUES)
+        effects = {effect({spelling: value}) for spelling in spellings}
+        assert len(effects) == 1 and plain not in effects, spellings
+
+
+def test_arguments_of_the_pipeline(recorder, capsys):
+    flags = (
+        "--preset a.png --ddim_steps 7 --sampler ddim --ddim_eta 0.5 --scale 0 --H 72 --W 104 --seed 11 "
+        "--negative-prompt blue --n_samples 3 --n_iter 2 --dtype float16 --tokenizer t --outdir folder "
+        "--init-img a.png --mask b.png --strength 0.5"
+    )
+    run("inpaint", "an apple", *flags.split(), capsys=capsys)
+    opened, first, second = recorder
+    assert str(opened[1][0]) == "a.png" and opened[2] == {"dtype": "float16", "tokenizer": "t"}
+    assert first[0] == "inpaint" and without_pictures(first[1]) == [(255, 0, 0), (0, 0, 255), "an apple"]
+    assert first[2] == {
+        "negative_prompt": "blue",
+        "batch_size": 3,
+        "num_steps": 7,
+        "unconditional_guidance_scale": 0.0,
+        "seed": 11,
+        "sampler": "ddim",
+        "height": 72,
+        "width": 104,
+        "progress": False,
+        "eta": 0.5,
+        "strength": 0.5,
+    }
+    assert second[2] == first[2] | {"seed": 14}
+    assert sorted(os.listdir("folder")) == [f"{i:05d}.png" for i in range(6)]
+    assert read_parameters("folder/00004.png") == {
+        "prompt": "an apple",
+        "negative_prompt": "blue",
+        "Steps": "7",
+        "Sampler": "DDIM",
+        "CFG scale": "0",
+        "Seed": "15",
+        "Size": "16x8",
+        "Model": "a.png",
+        "Denoising strength": "0.5",
+        "Eta": "0.5",
+        "Version": read_parameters("folder/00000.png")["Version"],
+    }
+
+
+def test_random_seed_is_printed_and_repeats(recorder, capsys):
+    assert run(*DRAW, capsys=capsys) == f"out.png: seed {recorder[-1][2]['seed']}\n"
+    assert read_parameters("out.png")["Seed"] == str(recorder[-1][2]["seed"])
 
 
 def test_numbered_files_are_not_overwritten(recorder, tmp_path, capsys):
-    (tmp_path / "00004.png").write_bytes(b"mine")
-    run("txt2img", "x", "--outdir", tmp_path, capsys=capsys)
-    assert (tmp_path / "00004.png").read_bytes() == b"mine" and (tmp_path / "00005.png").exists()
+    for name in ("00004.png", "7.png", "note.png"):
+        (tmp_path / name).write_bytes(b"mine")
+    assert "00008.png" in run(*DRAW, "--outdir", tmp_path, capsys=capsys)
+    assert (tmp_path / "00004.png").read_bytes() == (tmp_path / "7.png").read_bytes() == b"mine"
 
 
-def test_pictures_are_drawn_and_carry_their_parameters(tiny, tmp_path, capsys):
-    out = tmp_path / "new" / "out.png"
-    draw = [*DRAW, "--preset", tiny, "--seed", "7", "--negative-prompt", "a pear", "--out", out]
-    run(*draw, "--n_samples", "2", capsys=capsys)
-    assert Image.open(tmp_path / "new" / "out-1.png").size == (64, 64)
-    text = read_parameters(tmp_path / "new" / "out-1.png").splitlines()
-    assert text[:2] == ["an apple", "Negative prompt: a pear"]
-    assert text[2].startswith("Steps: 2, Sampler: ddim, CFG scale: 7.5, Seed: 8, Size: 64x64, Model: ")
-    picture = tmp_path / "new" / "out-0.png"
-    changed = tmp_path / "changed.png"
-    run("img2img", "a pear", "--init-img", picture, "--preset", tiny, "--steps", 3, "--out", changed, capsys=capsys)
+def test_several_pictures_are_numbered(recorder, capsys):
+    run(*DRAW, "--n_iter", "2", "--out", "new/x.png", "--seed", "7", capsys=capsys)
+    assert sorted(os.listdir("new")) == ["x-0.png", "x-1.png"] and read_parameters("new/x-1.png")["Seed"] == "8"
+
+
+# === Whole runs ===
+
+
+def test_pictures_are_drawn_changed_and_repainted(tiny, tmp_path, capsys):
+    options = ["--preset", tiny, "--seed", "7", "--steps", "2"]
+    run("txt2img", "an apple", *options, "--n_samples", "2", "--out", tmp_path / "out.png", capsys=capsys)
+    run("txt2img", "an apple", *options, "--seed", "8", "--out", tmp_path / "one.png", capsys=capsys)
+    picture = np.array(Image.open(tmp_path / "out-1.png"))
+    assert np.abs(picture.astype(int) - np.array(Image.open(tmp_path / "one.png"))).max() <= 1
+    start = ["--init-img", tmp_path / "out-1.png"]
+    run("img2img", "a pear", *options, *start, "--strength", "1", "--out", tmp_path / "changed.png", capsys=capsys)
     mask = np.zeros((64, 64), "uint8")
     mask[:32] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    more = ["--mask", tmp_path / "mask.png", "--preset", tiny, "--steps", 2, "--out", tmp_path / "painted.png"]
-    run("inpaint", "a pear", "--init-img", picture, *more, capsys=capsys)
-    assert (np.array(Image.open(tmp_path / "painted.png"))[32:] == np.array(Image.open(picture))[32:]).all()
+    start += ["--mask", tmp_path / "mask.png", "--sampler", "euler", "--karras"]
+    run("inpaint", "a pear", *options, *start, "--out", tmp_path / "painted.png", capsys=capsys)
+    painted = np.array(Image.open(tmp_path / "painted.png"))
+    assert (painted[32:] == picture[32:]).all() and not (painted[:32] == picture[:32]).all()
+    parameters = read_parameters(tmp_path / "painted.png")
+    assert parameters["Sampler"] == "Euler" and parameters["Schedule type"] == "Karras"
 
 
 def test_convert(tiny, tmp_path, capsys):
-    run("convert", tmp_path / "converted", "--ckpt", tiny, "--store", "float16", capsys=capsys)
-    run(*DRAW, "--preset", tmp_path / "converted", "--out", tmp_path / "out.png", capsys=capsys)
+    half = tmp_path / "new" / "half"
+    run("convert", tiny, half, "--dtype", "float16", capsys=capsys)
+    assert os.listdir(tmp_path / "new") == ["half"]
+    weights, original = (folder / "unet" / "diffusion_pytorch_model.safetensors" for folder in (half, tiny))
+    assert weights.stat().st_size < 0.6 * original.stat().st_size
+    run(*DRAW, "--preset", half, "--out", tmp_path / "out.png", capsys=capsys)
+    run("convert", tiny, half, error="exists already", capsys=capsys)
+
+
+def test_convert_writes_nothing_where_it_fails(recorder, tmp_path, capsys, monkeypatch):
+    def save_preset(self, folder, dtype):
+        folder.mkdir()
+        (folder / "half.safetensors").touch()
+        raise KeyboardInterrupt
+
+    before = sorted(os.listdir())
+    monkeypatch.setattr(Recorder, "save_preset", save_preset, raising=False)
+    run("convert", "emoji", "target", error="Interrupted", code=130, capsys=capsys)
+    assert sorted(os.listdir()) == before
+
+
+def test_presets_are_listed_with_their_licences(capsys):
+    out = run("presets", capsys=capsys)
+    for line in ("emoji", "sd-v1-4", "hf://", "CreativeML OpenRAIL-M", "Apache-2.0"):
+        assert line in out
 
 
 # === Bad input ===
 
 
 @pytest.mark.parametrize(
-    "args, error",
+    "args, error, code",
     [
-        (["--preset", "emojy"], "Did you mean 'emoji'"),
-        (["--ckpt", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--H", "63"], "height must be a multiple of 8"),
-        (["--steps", "0"], "--steps must be at least 1; got 0"),
-        (["--sampler", "eular"], "Did you mean 'euler"),
-        (["--prompt", "two"], "one prompt"),
-        (["--seed", "-3"], "seed"),
+        (["--preset", "emojy"], "Did you mean 'emoji'", 1),
+        (["--ckpt", "/nowhere/at/all"], "/nowhere/at/all", 1),
+        (["--H", "63"], "height must be a multiple of 8", 1),
+        (["--W", "0"], "--W/--width: must be an integer of at least 1; got '0'", 2),
+        (["--steps", "0"], "must be an integer of at least 1; got '0'", 2),
+        (["--steps", "many"], "got 'many'", 2),
+        (["--steps", "2000"], "num_steps", 1),
+        (["--sampler", "eular"], "Did you mean 'euler", 2),
+        (["--sampler", "ddim", "--karras"], "does not take 'karras'", 2),
+        (["--plms", "--ddim_eta", "0.5"], "does not take 'eta'", 2),
+        (["--ddim_eta", "nan"], "must be a number from 0 to 1; got 'nan'", 2),
+        (["--scale", "nan"], "guidance_scale", 1),
+        (["--seed", "-3"], "--seed", 2),
+        (["--prompt", "two"], "one prompt", 2),
+        (["--dtype", "int8"], "--dtype", 2),
+        (["--out", "a.jpg"], "must end in .png", 2),
+        (["--outdir", "x"], "not allowed with", 2),
+        (["--no-such-flag"], "--no-such-flag", 2),
     ],
 )
-def test_bad_arguments(tiny, tmp_path, capsys, args, error):
+def test_bad_arguments(tiny, tmp_path, capsys, args, error, code):
     preset = [] if {"--preset", "--ckpt"} & set(args) else ["--preset", tiny]
-    run(*DRAW, *preset, "--out", tmp_path / "out.png", *args, error=error, capsys=capsys)
+    run(*DRAW, *preset, "--out", tmp_path / "out.png", *args, error=error, code=code, capsys=capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_usage(capsys):
-    for args in (["txt2img", "x", "--no-such-flag"], ["paint"], [], ["txt2img", "x", "--steps", "many"]):
-        assert main(args) == 2
-        assert "Traceback" not in capsys.readouterr().err
+@pytest.mark.parametrize("args", [[], ["paint"], ["txt2img"], ["img2img", "x"], ["convert", "emoji"]])
+def test_wrong_usage(args, capsys):
+    run(*args, error="--help", code=2, capsys=capsys)
+
+
+def test_missing_and_damaged_pictures(recorder, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    run("img2img", "x", "--init-img", "none.png", error="no file 'none.png'", capsys=capsys)
+    run("inpaint", "x", "--init-img", "a.png", "--mask", "text.png", error="text.png", capsys=capsys)
+    assert not recorder  # said before anything is loaded
 
 
 def test_damaged_weights(tiny, tmp_path, capsys):
@@ -176,32 +303,81 @@ def test_hostile_checkpoint(tmp_path, capsys):
 
 
 def test_output_that_cannot_be_written(recorder, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    run(*DRAW, "--out", tmp_path / "file" / "out.png", error="is a file, not a folder", capsys=capsys)
-    run(*DRAW, "--out", tmp_path, error="is a folder", capsys=capsys)
+    for args in (["--out", "a.png/b.png"], ["--outdir", "a.png"], ["--outdir", "a.png/folder"]):
+        run(*DRAW, *args, error="Cannot write", capsys=capsys)
+    (tmp_path / "folder.png").mkdir()
+    run(*DRAW, "--out", "folder.png", error="is a folder", capsys=capsys)
+    run("convert", "emoji", "a.png/folder", error="Cannot write", capsys=capsys)
     assert not recorder  # said before anything is loaded
 
 
-def test_interrupted(recorder, tmp_path, capsys, monkeypatch):
-    def interrupt(self, *args, **kwargs):
-        raise KeyboardInterrupt
+def test_disk_that_fills_up(recorder, tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Recorder, "text_to_image", interrupt, raising=False)
-    run(*DRAW, "--out", tmp_path / "out.png", error="Interrupted", code=130, capsys=capsys)
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("os.fsync", full)
+    error = "Error: Cannot write 'folder/00000.png': No space left on device"
+    run(*DRAW, "--outdir", "folder", error=error, capsys=capsys)
+    assert not os.listdir("folder")
+
+
+@pytest.mark.parametrize(
+    "raised, error, code",
+    [
+        (KeyboardInterrupt(), "Interrupted", 130),
+        (RuntimeError("first\n  second"), "Error: RuntimeError: first second", 1),
+        (MemoryError(), "Error: MemoryError", 1),
+        (FileNotFoundError(2, "No such file or directory", "x.json"), "Error: No such file or directory: 'x.json'", 1),
+    ],
+)
+def test_whatever_stops_a_run(recorder, capsys, monkeypatch, raised, error, code):
+    def stop(self, *args, **kwargs):
+        raise raised
+
+    before = sorted(os.listdir())
+    monkeypatch.setattr(Recorder, "text_to_image", stop, raising=False)
+    run(*DRAW, error=error, code=code, capsys=capsys)
+    assert sorted(os.listdir()) == before
+    if code == 1:
+        monkeypatch.setenv("KERAS_SD_TRACEBACK", "1")
+        with pytest.raises(type(raised)):
+            main(DRAW)
+
+
+# === As a process ===
 
 
 def test_usage_needs_no_keras():
+    calls = [
+        ["presets"],
+        ["txt2img"],
+        ["--help"],
+        ["txt2img", "x", "--sampler", "eular"],
+        ["txt2img", "x", "--out", "/"],
+    ]
     code = (
-        "import sys; from keras_sd.__main__ import main; main(['presets']); main(['txt2img']); main(['--help'])\n"
+        f"import sys; from keras_sd.__main__ import main; [main(call) for call in {calls}]\n"
         "assert not {'keras', 'tensorflow', 'torch', 'jax'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_as_a_process(tmp_path):
+def test_process_that_fails(tmp_path):
     (tmp_path / "empty").mkdir()
-    for preset in ("no-such", tmp_path / "empty"):
-        command = [sys.executable, "-m", "keras_sd", *DRAW, "--preset", str(preset), "--out", str(tmp_path / "out.png")]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 1 and result.stderr.count("\n") == 1 and str(preset) in result.stderr
+    command = [sys.executable, "-m", "keras_sd", *DRAW, "--preset", str(tmp_path / "empty"), "--out", "out.png"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | PATH)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "empty" in result.stderr
+    assert os.listdir(tmp_path) == ["empty"]
+
+
+def test_process_that_is_interrupted(tiny, tmp_path):
+    """The first pictures come; then ^C in the middle of one. What is there is whole, and nothing else is said."""
+    command = [sys.executable, "-m", "keras_sd", *DRAW, "--preset", tiny, "--outdir", tmp_path, "--n_iter", "100000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=os.environ | PATH, **pipes) as process:
+        assert process.stdout.readline().startswith(f"{tmp_path / '00000.png'}: seed ")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "Interrupted\n"
+    for path in tmp_path.iterdir():
+        assert path.suffix == ".png" and read_parameters(path)["Steps"] == "2"
