@@ -41,6 +41,7 @@ class Denoiser(keras.Model):
         super().__init__(**kwargs)
         self.diffusion_model = diffusion_model
         self.two_passes = two_passes
+        self._functions = {}  # shape of the latent → compiled step
         self.compile(jit_compile=keras.backend.backend() == "jax" if jit_compile is None else jit_compile)
 
     def call(self, inputs):
@@ -80,6 +81,14 @@ class Denoiser(keras.Model):
         width = next(x.shape[-1] for x in self.diffusion_model.inputs if x.name == "timestep_embedding")
         inputs = {"latent": latent, "timestep_embedding": timestep_embedding(timestep, width), "context": context}
         return ops.cast(self.diffusion_model(inputs), "float32")
+
+    def _step(self, inputs):
+        # One function per shape: TensorFlow would generalise a second shape to unknown sizes, which cannot be chunked.
+        shape = inputs["latent"].shape
+        self.predict_function = self._functions.get(shape)
+        outputs = self.predict_on_batch(inputs)
+        self._functions[shape] = self.predict_function
+        return outputs
 
     def denoise(
         self,
@@ -124,7 +133,7 @@ class Denoiser(keras.Model):
                 inputs["unconditional_context"] = unconditional_context
             if table.noise[i]:
                 inputs["noise"] = np.asarray(noise(i), "float32")
-            state = {key: np.asarray(value) for key, value in self.predict_on_batch(inputs).items()}
+            state = {key: np.asarray(value) for key, value in self._step(inputs).items()}
             if blend is not None:
                 state["latent"] = np.asarray(blend(i, state["latent"]), "float32")
             if not np.isfinite(state["latent"]).all():
