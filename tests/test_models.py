@@ -4,12 +4,14 @@ import diffusers
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import torch
 import transformers
+from diffusers.models.embeddings import get_timestep_embedding
 
 from keras_sd import Decoder, DiffusionModel, ImageEncoder, StableDiffusion, TextEncoder
+from keras_sd.layers import Upsample, dot_product_attention, timestep_embedding
 from keras_sd.layers import attention as attention_module
-from keras_sd.layers import dot_product_attention, timestep_embedding
 
 NARROW = {
     TextEncoder: {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -85,7 +87,7 @@ def test_diffusion_model(sd, folder, height, width):
     latent = random.standard_normal((2, height, width, 4), "float32")
     context = random.standard_normal((2, 77, peer.config.cross_attention_dim), "float32")
     timestep = np.array([749.25, 3.0], "float32")
-    embedding = timestep_embedding(timestep, peer.config.block_out_channels[0])
+    embedding = numpy(timestep_embedding(timestep, peer.config.block_out_channels[0]))
     ours = sd.diffusion_model({"latent": latent, "timestep_embedding": embedding, "context": context})
     with torch.no_grad():
         theirs = peer(channels_first(latent), torch.from_numpy(timestep), torch.from_numpy(context)).sample
@@ -107,6 +109,42 @@ def test_autoencoder(sd, folder):
         assert distance(sd.decoder(latent), channels_last(decoded)) < 1e-4
 
 
+def test_timestep_embedding():
+    timesteps = np.array([0, 1, 500.5, 999], "float32")
+    expected = get_timestep_embedding(torch.from_numpy(timesteps), 320, flip_sin_to_cos=True, downscale_freq_shift=0)
+    np.testing.assert_allclose(numpy(timestep_embedding(timesteps, 320)), expected.numpy(), atol=1e-4)
+
+
+# === Any size ===
+
+
+def test_any_latent_size():
+    levels = {"block_out_channels": (16,) * 3, "attention_levels": (True, False, False)}
+    model = DiffusionModel(**{**NARROW[DiffusionModel], **levels})
+    for size in ((1, 1), (1, 6), (9, 13)):
+        inputs = {**inputs_of(DiffusionModel), "latent": np.ones((2, *size, 4), "float32")}
+        assert model(inputs).shape == (2, *size, 4)
+    # Where the graph does not know the size, too.
+    assert distance(model.predict(inputs, verbose=0), numpy(model(inputs))) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 40), (72, 104)])
+def test_any_picture_size(size):
+    latent = ImageEncoder(**NARROW[ImageEncoder])(np.ones((1, *size, 3), "float32"))
+    assert latent.shape == (1, size[0] // 8, size[1] // 8, 4)
+    assert Decoder(**NARROW[Decoder])(latent).shape == (1, *size, 3)
+
+
+def test_upsample_takes_the_size_of_the_skip_connection():
+    x = np.random.default_rng(0).standard_normal((1, 2, 3, 4), "float32")
+    layer = Upsample(4)
+    layer.build(x.shape)
+    doubled = x.repeat(2, axis=1).repeat(2, axis=2)
+    assert distance(layer(x), numpy(layer.conv(doubled))) < 1e-6
+    skip = np.zeros((1, 3, 5, 9), "float32")
+    assert distance(layer(x, like=skip), numpy(layer.conv(doubled[:, :3, :5]))) < 1e-6
+
+
 # === As Keras models ===
 
 
@@ -122,7 +160,11 @@ def test_config_and_saving(cls, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(numpy(loaded(inputs)), expected, atol=1e-6)
     model.save_weights(tmp_path / "model.weights.h5")
-    again.load_weights(tmp_path / "model.weights.h5")
+    fresh = cls(**NARROW[cls])
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(numpy(fresh(inputs)), expected, atol=1e-6)
+    clone = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(model))
+    assert [(v.path, v.shape) for v in clone.variables] == [(v.path, v.shape) for v in model.variables]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed_bfloat16", "mixed_float16"])
@@ -145,6 +187,15 @@ def test_positions_are_optional(positions):
     np.testing.assert_allclose(numpy(model(given)), numpy(model(inputs)), atol=1e-6)
     backwards = {**inputs, "positions": np.arange(77, dtype="int32")[None, ::-1].repeat(2, 0)}
     assert distance(model(backwards), numpy(model(inputs))) > 1e-3
+
+
+@pytest.mark.parametrize("cls", list(NARROW))
+def test_gradients_in_mixed_precision_are_finite(cls):
+    model = cls(**NARROW[cls], dtype="mixed_bfloat16")
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(tf.cast(model(inputs_of(cls)), "float32") ** 2)
+    gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    assert all(np.isfinite(tf.convert_to_tensor(gradient)).all() for gradient in gradients)
 
 
 def test_layers_carry_the_names_of_the_state_dict():

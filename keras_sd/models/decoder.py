@@ -65,7 +65,7 @@ class Decoder(keras.Model):
         self.arguments = arguments
 
     def get_config(self):
-        return self.arguments
+        return dict(self.arguments)
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

@@ -73,7 +73,7 @@ class ImageEncoder(keras.Model):
         return keras.Model(self.input, (mean, ops.clip(log_variance, -30.0, 20.0)))
 
     def get_config(self):
-        return self.arguments
+        return dict(self.arguments)
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

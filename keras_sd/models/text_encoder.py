@@ -89,7 +89,7 @@ class TextEncoder(keras.Model):
         return super().call({"positions": None, **inputs}, training, mask)
 
     def get_config(self):
-        return self.arguments
+        return dict(self.arguments)
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
