@@ -14,16 +14,18 @@ from keras_sd.weights.files import atomic_file, read_arrays, write_safetensors
 
 COMPONENTS = ("text_encoder", "unet", "vae")
 
-# The best file first; `.bin` is read with torch.
+
+def _weight_files(stem, torch_stem):
+    """Names to look for, the best first; `.bin` is read with torch."""
+    names = f"{stem}.safetensors", f"{torch_stem}.bin"
+    return tuple(name + suffix for name in names for suffix in ("", ".index.json"))
+
+
 WEIGHT_FILES = {
-    "text_encoder": ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
-    "unet": (
-        "diffusion_pytorch_model.safetensors",
-        "diffusion_pytorch_model.safetensors.index.json",
-        "diffusion_pytorch_model.bin",
-    ),
+    "text_encoder": _weight_files("model", "pytorch_model"),
+    "unet": _weight_files("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "vae": _weight_files("diffusion_pytorch_model", "diffusion_pytorch_model"),
 }
-WEIGHT_FILES["vae"] = WEIGHT_FILES["unet"]
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -45,22 +47,23 @@ ATTENTION_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 
 def text_encoder_arguments(config):
     """Arguments of `TextEncoder` from a transformers CLIP text config."""
-    _require(config, "text_encoder", layer_norm_eps=(1e-5,))
-    names = (
-        "vocab_size",
-        "max_position_embeddings",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "hidden_act",
-    )
-    return {name: config[name] for name in names if name in config}
+    _require(config, "text_encoder", layer_norm_eps=(1e-5,), hidden_act=("quick_gelu", "gelu"))
+    defaults = {
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        "hidden_size": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+        "hidden_act": "quick_gelu",
+    }
+    return {name: config.get(name, default) for name, default in defaults.items()}
 
 
 def diffusion_model_arguments(config):
     """Arguments of `DiffusionModel` from a `UNet2DConditionModel` config."""
-    levels = len(config["block_out_channels"])
+    widths = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
+    levels = len(widths)
     _require(
         config,
         "unet",
@@ -74,9 +77,16 @@ def diffusion_model_arguments(config):
         norm_eps=(1e-5,),
         transformer_layers_per_block=(1, [1] * levels),
         only_cross_attention=(False, [False] * levels),
+        mid_block_only_cross_attention=(None, False),
         dual_cross_attention=(False,),
+        cross_attention_norm=(None,),
         resnet_time_scale_shift=("default",),
+        resnet_skip_time_act=(False,),
+        resnet_out_scale_factor=(1, 1.0),
         time_embedding_type=("positional",),
+        time_embedding_dim=(None, 4 * widths[0]),
+        time_embedding_act_fn=(None,),
+        timestep_post_act=(None,),
         conv_in_kernel=(3,),
         conv_out_kernel=(3,),
         attention_type=("default",),
@@ -98,7 +108,7 @@ def diffusion_model_arguments(config):
     return dict(
         in_channels=config.get("in_channels", 4),
         out_channels=config.get("out_channels", 4),
-        block_out_channels=tuple(config["block_out_channels"]),
+        block_out_channels=widths,
         layers_per_block=_one_number(config.get("layers_per_block", 2), "layers_per_block"),
         attention_levels=tuple(attention),
         num_attention_heads=heads if isinstance(heads, int) else tuple(heads),
@@ -110,21 +120,25 @@ def diffusion_model_arguments(config):
 
 def autoencoder_arguments(config):
     """Arguments that `ImageEncoder` and `Decoder` share, from an `AutoencoderKL` config."""
+    widths = tuple(config.get("block_out_channels", (64,)))
     _require(
         config,
         "vae",
+        down_block_types=(["DownEncoderBlock2D"] * len(widths),),
+        up_block_types=(["UpDecoderBlock2D"] * len(widths),),
         act_fn=("silu", "swish"),
         mid_block_add_attention=(True,),
         use_quant_conv=(True,),
         use_post_quant_conv=(True,),
         shift_factor=(None, 0),
         latents_mean=(None,),
+        latents_std=(None,),
         in_channels=(3,),
         out_channels=(3,),
     )
     return dict(
         latent_channels=config.get("latent_channels", 4),
-        block_out_channels=tuple(config["block_out_channels"]),
+        block_out_channels=widths,
         layers_per_block=config.get("layers_per_block", 1),
         norm_num_groups=config.get("norm_num_groups", 32),
         # The checkpoints of 2022 do not carry it.
@@ -148,7 +162,6 @@ def text_encoder_config(model, tokenizer):
         "pad_token_id": tokenizer.pad_id,
         "layer_norm_eps": 1e-5,
         "projection_dim": arguments["hidden_size"],
-        "dtype": "float32",
     }
 
 
@@ -197,12 +210,8 @@ def autoencoder_config(model, sample_size):
 
 def text_encoder_state_dict(arrays):
     """The state dict in the naming of `TextEncoder`, whatever version of transformers wrote it."""
-    renamed = {}
-    for key, array in arrays.items():
-        key = key if key.startswith("text_model.") else f"text_model.{key}"
-        if not key.endswith("position_ids"):
-            renamed[key] = array
-    return renamed
+    prefix = "" if any(key.startswith("text_model.") for key in arrays) else "text_model."
+    return {prefix + key: array for key, array in arrays.items() if not key.endswith(".position_ids")}
 
 
 def unet_state_dict(arrays, linear):
@@ -354,7 +363,8 @@ def _require(config, component, **allowed):
     """Raises where a field of the config has a value that the model does not implement."""
     for name, values in allowed.items():
         if name in config and config[name] not in values:
-            raise ValueError(f"{component}/config.json: {name} is {config[name]!r}; only {values[0]!r} is supported.")
+            known = " or ".join(map(repr, values))
+            raise ValueError(f"{component}/config.json: {name} is {config[name]!r}; only {known} is supported.")
 
 
 def _one_number(value, name):
