@@ -10,7 +10,8 @@ import numpy as np
 from keras_sd.denoiser import Denoiser
 from keras_sd.images import fit, read_image, to_model
 from keras_sd.noise import initial_noise, row_noise
-from keras_sd.samplers import SamplerTable, make_table, read_scheduler_config
+from keras_sd.samplers import SamplerTable, make_table
+from keras_sd.scheduler_config import read_scheduler_config
 
 
 class StableDiffusion:

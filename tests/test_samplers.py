@@ -11,9 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from keras_sd import samplers
+from keras_sd import scheduler_config
 from keras_sd.noise_scheduler import NoiseScheduler
-from keras_sd.samplers import SAMPLERS, make_table, read_scheduler_config, write_scheduler_config
+from keras_sd.samplers import SAMPLERS, make_table
+from keras_sd.scheduler_config import read_scheduler_config, write_scheduler_config
 
 pytestmark = [  # diffusers' own
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -447,9 +448,9 @@ def test_default_tables_are_written(name):
 def test_class_defaults_are_those_of_diffusers():
     """Every field of `_CLASSES` is one of the class, with its default."""
     diffusers = pytest.importorskip("diffusers")
-    for kind, (_, fields) in samplers._CLASSES.items():
+    for kind, (_, fields) in scheduler_config._CLASSES.items():
         parameters = inspect.signature(getattr(diffusers, kind)).parameters
-        for key, default in (samplers._SCHEDULE | fields).items():
+        for key, default in (scheduler_config._SCHEDULE | fields).items():
             expected = parameters[key].default
             assert default == (tuple(expected) if isinstance(expected, list) else expected), (kind, key)
 
