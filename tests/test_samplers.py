@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from keras_sd import scheduler_config
+from keras_sd import samplers, scheduler_config
 from keras_sd.noise_scheduler import NoiseScheduler
 from keras_sd.samplers import SAMPLERS, make_table
 from keras_sd.scheduler_config import read_scheduler_config, write_scheduler_config
