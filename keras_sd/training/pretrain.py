@@ -72,15 +72,21 @@ def training_pairs(captions):
 # === Autoencoder ===
 
 
+def picture_error(expected, drawn):
+    """L1 and L2 error of the pixels, and L1 error of the differences between neighbours, which keeps edges sharp."""
+    error = drawn - expected
+    edges = ops.mean(ops.abs(error[:, 1:] - error[:, :-1])) + ops.mean(ops.abs(error[:, :, 1:] - error[:, :, :-1]))
+    return ops.mean(ops.abs(error)) + 2.0 * ops.mean(ops.square(error)) + 0.5 * edges
+
+
 @keras.saving.register_keras_serializable(package="keras_sd")
 class AutoencoderTrainer(keras.Model):
-    """Learns to draw again what it sees: L1 and L2 error of the pixels, and a little KL divergence of the latent.
+    """Learns to draw again what it sees, with a little KL divergence of the latent.
 
     Reference: Rombach et al. (2022), arXiv 2112.10752, appendix G (without the discriminator: flat emoji need none).
     """
 
     KL_WEIGHT = 2e-4
-    EDGE_WEIGHT = 0.5
 
     def __init__(self, dtype=None, **widths):
         super().__init__()
@@ -97,10 +103,7 @@ class AutoencoderTrainer(keras.Model):
         return ops.cast(self.decoder(mean + ops.exp(0.5 * log_variance) * noise), "float32")
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        error = y_pred - y
-        edges = ops.mean(ops.abs(error[:, 1:] - error[:, :-1])) + ops.mean(ops.abs(error[:, :, 1:] - error[:, :, :-1]))
-        pixels = ops.mean(ops.abs(error)) + 2.0 * ops.mean(ops.square(error))
-        return pixels + self.EDGE_WEIGHT * edges + sum(self.losses)
+        return picture_error(y, y_pred) + sum(self.losses)
 
 
 def picture_batches(captions, batch_size, start):
@@ -203,8 +206,6 @@ def latent_batches(captions, tokenizer, latents, batch_size, start):
 class DecoderTrainer(keras.Model):
     """Learns to draw the pictures from their latents, and from latents a little off, as the U-Net gives them."""
 
-    compute_loss = AutoencoderTrainer.compute_loss
-
     def __init__(self, decoder):
         super().__init__()
         self.decoder = decoder
@@ -212,6 +213,9 @@ class DecoderTrainer(keras.Model):
 
     def call(self, latent):
         return ops.cast(self.decoder(latent), "float32")
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return picture_error(y, y_pred)
 
 
 def decoder_batches(captions, latents, batch_size, start):
