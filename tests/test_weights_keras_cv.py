@@ -11,10 +11,9 @@ import pytest
 from keras_cv.src.models.stable_diffusion import diffusion_model as peer_unet
 from keras_cv.src.models.stable_diffusion import text_encoder as peer_text
 
-from keras_sd import DiffusionModel, StableDiffusion, TextEncoder
+from keras_sd import Decoder, DiffusionModel, ImageEncoder, StableDiffusion, TextEncoder
 from keras_sd.layers import GroupNorm
-from keras_sd.weights import keras_cv as keras_cv_weights
-from keras_sd.weights.keras_cv import build_from_keras_cv, read_keras_cv, write_keras_cv
+from keras_sd.weights.keras_cv import assign_keras_cv, build_from_keras_cv, read_keras_cv, write_keras_cv
 
 LAYOUT = pathlib.Path(__file__).parents[2] / "shared" / "legacy_h5_layout.json"
 
@@ -83,8 +82,9 @@ PEERS = {
     "decoder": lambda: randomised(keras_cv.models.stable_diffusion.Decoder(64, 72, download_weights=False)),
     "image_encoder": lambda: randomised(keras_cv.models.stable_diffusion.ImageEncoder(download_weights=False)),
 }
-# Relative L2 that KerasCV's epsilon of 1e-5 everywhere, and its tanh-GELU, leave.
-TOLERANCE = {"text_encoder": 1e-5}
+# Relative L2 that KerasCV's epsilon of 1e-5 everywhere, and its tanh-GELU, leave. Measured: 2e-4 in the U-Nets and the
+# text encoder of SD v2, 2e-5 in the image encoder, 7e-6 in the decoder, 0 in the text encoder of SD v1.
+TOLERANCE = {"text_encoder": 1e-6, "decoder": 5e-5, "image_encoder": 5e-5}
 
 
 def inputs_of(name):
@@ -113,7 +113,7 @@ def test_files_of_keras_cv_load_and_outputs_agree(name, tmp_path):
     ours = build_from_keras_cv(tmp_path / "keras_cv.weights.h5")
     theirs, own = inputs_of(name)
     expected = peer(theirs)
-    assert distance(ours(own), expected) < TOLERANCE.get(name, 2e-3)
+    assert distance(ours(own), expected) < TOLERANCE.get(name, 5e-4)
     # With its epsilons and its GELU, the same numbers.
     for layer in ours._flatten_layers():
         if isinstance(layer, GroupNorm):
@@ -121,7 +121,7 @@ def test_files_of_keras_cv_load_and_outputs_agree(name, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         gelu = keras.ops.gelu
         patch.setattr(keras.ops, "gelu", lambda x, approximate: gelu(x, True))
-        assert distance(ours(own), expected) < 2e-5
+        assert distance(ours(own), expected) < 1e-5
     # The published layout, which Keras still reads into keras-cv's model by the order of its layers.
     write_keras_cv(ours, tmp_path / "published.h5")
     randomised(peer, seed=2)
@@ -133,17 +133,79 @@ def test_files_of_keras_cv_load_and_outputs_agree(name, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+# The widths of SD v1 divided by a number: {published: (divisor of the widths, their common unit, our model)}.
+NARROW = {
+    "text": (8, 768, lambda: TextEncoder(hidden_size=96, intermediate_size=384)),
+    "unet": (10, 320, lambda: DiffusionModel(block_out_channels=(32, 64, 128, 128))),
+    "dec": (4, 128, lambda: Decoder(block_out_channels=(32, 64, 128, 128))),
+    "enc": (4, 128, lambda: ImageEncoder(block_out_channels=(32, 64, 128, 128))),
+}
+
+
 @pytest.mark.skipif(not LAYOUT.exists(), reason="the layout of the published files is not at hand")
-@pytest.mark.parametrize("key", ["text", "unet", "dec", "enc"])
-def test_order_is_that_of_the_published_files(key):
-    published = json.loads(LAYOUT.read_text())[key]
-    layers = {
-        "text": keras_cv_weights.text_encoder_layers(12),
-        "unet": keras_cv_weights.diffusion_model_layers(),
-        "dec": keras_cv_weights.decoder_layers(),
-        "enc": keras_cv_weights.image_encoder_layers(),
-    }[key]
-    assert [kind for kind, _ in layers] == [name.rstrip("0123456789").rstrip("_") for name, _ in published]
+@pytest.mark.parametrize("key", NARROW)
+def test_names_order_and_shapes_are_those_of_the_published_files(key, tmp_path):
+    divisor, unit, build = NARROW[key]
+    write_keras_cv(build(), tmp_path / "ours.h5")
+    with h5py.File(tmp_path / "ours.h5") as file:
+        text = lambda values: [value.decode() for value in values]  # noqa: E731
+        ours = [
+            [layer, [[name, list(file[layer][name].shape)] for name in text(file[layer].attrs["weight_names"])]]
+            for layer in text(file.attrs["layer_names"])
+        ]
+    published = [
+        [layer, [[name, [n // divisor if n % unit == 0 else n for n in shape]] for name, shape in weights]]
+        for layer, weights in json.loads(LAYOUT.read_text())[key]
+    ]
+    assert ours == published
+
+
+def test_files_are_assigned_whole_or_not_at_all(tmp_path):
+    widths = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 128, "vocab_size": 300}
+    model, other, longer = (TextEncoder(**widths, num_hidden_layers=n) for n in (1, 1, 2))
+    write_keras_cv(model, tmp_path / "model.h5")
+    before = other.get_weights()
+    with h5py.File(tmp_path / "model.h5", "r+") as file:  # the last array is misshapen
+        name = "layer_normalization_2/layer_normalization_2/beta:0"
+        del file[name]
+        file[name] = np.zeros(63)
+    with pytest.raises(
+        ValueError, match=r"model\.h5: text_model.final_layer_norm/beta needs shape \(64,\); got \(63,\)"
+    ):
+        assign_keras_cv(other, tmp_path / "model.h5")
+    for a, b in zip(before, other.weights):
+        np.testing.assert_array_equal(a, b)
+    write_keras_cv(model, tmp_path / "model.h5")
+    assign_keras_cv(other, tmp_path / "model.h5")
+    for a, b in zip(model.weights, other.weights):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="another model than this text_encoder"):
+        assign_keras_cv(longer, tmp_path / "model.h5")
+    with h5py.File(tmp_path / "model.h5", "r+") as file:
+        del file["clip_encoder_layer"]
+    with pytest.raises(ValueError, match=r"model\.h5.*clip_encoder_layer"):
+        read_keras_cv(tmp_path / "model.h5")
+
+
+def test_unknown_arrays_of_a_keras_3_file_are_noticed(tmp_path):
+    text_encoder().save_weights(tmp_path / "keras_cv.weights.h5")
+    with h5py.File(tmp_path / "keras_cv.weights.h5", "r+") as file:
+        file["layers/dense/vars/0"] = np.zeros((2, 2))
+    with pytest.raises(ValueError, match="1 arrays more than are known"):
+        read_keras_cv(tmp_path / "keras_cv.weights.h5")
+
+
+def test_large_attributes_come_in_chunks(tmp_path):
+    model = TextEncoder(vocab_size=300, hidden_size=64, num_attention_heads=1, num_hidden_layers=11)
+    write_keras_cv(model, tmp_path / "chunks.h5")
+    with h5py.File(tmp_path / "chunks.h5", "r+") as file:
+        names = file.attrs["layer_names"]
+        del file.attrs["layer_names"]
+        for i, name in enumerate(names):  # eleven chunks and more: 10 comes after 9, not after 1
+            file.attrs[f"layer_names{i}"] = np.array([name])
+    again = build_from_keras_cv(tmp_path / "chunks.h5")
+    for a, b in zip(model.weights, again.weights):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_four_formats_of_one_model_draw_the_same_picture(narrow_v1, tmp_path):

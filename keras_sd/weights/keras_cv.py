@@ -12,6 +12,7 @@ the path of attributes inside. `LAYERS` says which layer of KerasCV holds which 
 | `vae_encoder.h5` | `ImageEncoder` |
 """
 
+import collections
 import pathlib
 
 import h5py
@@ -69,6 +70,14 @@ LAYERS = {
         "transformer_blocks.0/ff.net.2": "transformer_block/dense",
         "proj_out": "proj2",
     },
+}
+# Of the layers that hold further layers: the attribute in KerasCV's code → its class.
+CONTAINERS = {
+    "clip_attn": "clip_attention",
+    "transformer_block": "basic_transformer_block",
+    "attn1": "cross_attention",
+    "attn2": "cross_attention",
+    "geglu": "geglu",
 }
 SUFFIXES = ("kernel", "gamma", "embeddings", "beta", "bias")  # the order of a layer's own variables
 
@@ -167,18 +176,58 @@ def write_keras_cv(model, path):
     Raises:
         ValueError: the model's topology is not SD v1's or v2's, so that KerasCV has no model for it.
     """
-    layers = _layers_of(model)
-    variables = _variables(model)
+    layers = published_names(model)
     with atomic_file(path) as part, h5py.File(part, "w") as file:
-        names = _count(layers)
-        _write_attribute(file, "layer_names", names)
+        _write_attribute(file, "layer_names", [name for name, _, _ in layers])
         file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.12.0"
-        for (kind, layer), name in zip(layers, names):
-            group, own = file.create_group(name), []
-            for variable, inner in _in_order(kind, variables[layer], layer):
-                own.append("/".join(filter(None, [name, inner, variable.path.rsplit("/", 1)[1] + ":0"])))
-                group[own[-1]] = _widened(np.asarray(variable, "float32"), kind)
-            _write_attribute(group, "weight_names", own)
+        for name, kind, variables in layers:
+            group = file.create_group(name)
+            _write_attribute(group, "weight_names", list(variables))
+            for weight_name, variable in variables.items():
+                group[weight_name] = _widened(np.asarray(variable, "float32"), kind)
+
+
+def published_names(model):
+    """[(layer's name, its class, {weight's name: variable})], in the order and with the names of the published files.
+
+    Keras 2 numbered objects by class, over the whole model; a residual projection is made late and has no number.
+    """
+    variables, counts, published = _variables(model), collections.Counter(), []
+
+    def numbered(cls):
+        counts[cls] += 1
+        return f"{cls}_{counts[cls] - 1}" if counts[cls] > 1 else cls
+
+    for kind, layer in _layers_of(model):
+        names, weights = {"": numbered(kind)}, {}
+        ordered = _in_order(kind, variables[layer], layer)
+        convolutions = {inner for variable, inner in ordered if "conv2d" in inner or len(variable.shape) == 4}
+        for variable, inner in ordered:
+            path = [names[""]]
+            for place, cls in _classes(kind, inner, variable, inner in convolutions):
+                if place not in names:
+                    names[place] = cls if inner.startswith("residual_projection") else numbered(cls)
+                path.append(names[place])
+            weights["/".join([*path, variable.path.rsplit("/", 1)[1] + ":0"])] = variable
+        published.append((names[""], kind, weights))
+    return published
+
+
+def _classes(kind, inner, variable, convolution):
+    """[(a place inside a layer of KerasCV, its class)] on the way to a variable."""
+    parts = inner.split("/")
+    outer = [("/".join(parts[: i + 1]), CONTAINERS[p]) for i, p in enumerate(parts) if p in CONTAINERS]
+    suffix = variable.path.rsplit("/", 1)[1]
+    if suffix == "embeddings":
+        leaf = "embedding"
+    elif suffix in ("gamma", "beta"):
+        leaf = f"{'layer' if kind.startswith('clip') or 'transformer_block' in parts else 'group'}_normalization"
+    elif convolution:
+        padded = [] if kind == "padded_conv2d" else [(f"{inner} padded", "padded_conv2d")]
+        return [*outer, *padded, (inner, "conv2d")]
+    else:
+        leaf = "dense"
+    return [*outer, (inner, leaf)] if inner else outer
 
 
 def _read_keras_2(root):
@@ -208,7 +257,14 @@ def _read_keras_3(root):
             values = group["conv2d/vars" if "conv2d" in group else "vars"]
             own += [np.asarray(values[i]) for i in sorted(values, key=int)]
         arrays.append(own)
+    unknown = _count_arrays(root) - sum(map(len, arrays))
+    if unknown:
+        raise KeyError(f"it holds {unknown} arrays more than are known")
     return layers, arrays
+
+
+def _count_arrays(group):
+    return sum(1 if isinstance(item, h5py.Dataset) else _count_arrays(item) for item in group.values())
 
 
 def _topology(num_layers, num_arrays):
@@ -235,26 +291,26 @@ def build_from_keras_cv(path, dtype=None, **arguments):
         FileNotFoundError, ValueError: as `read_keras_cv`; or an array has another shape than its place asks for.
     """
     layers, arrays = read_keras_cv(path)
-    by_name = {layer: own for (_, layer), own in zip(layers, arrays)}
-    if layers[0][0] == "clip_embedding":
-        cls, widths = TextEncoder, _text_encoder_arguments(by_name, len(layers) - 2)
-    elif layers[0][0] == "dense":
-        cls, widths = DiffusionModel, _diffusion_model_arguments(by_name)
-    elif layers[0][1] == "post_quant_conv":
-        channels = [by_name[f"decoder.up_blocks.{3 - level}.resnets.2"][2].shape[-1] for level in range(4)]
-        cls, widths = (
-            Decoder,
-            {"block_out_channels": channels, "latent_channels": by_name["post_quant_conv"][0].shape[-1]},
-        )
-    else:
-        channels = [by_name[f"encoder.down_blocks.{level}.resnets.1"][2].shape[-1] for level in range(4)]
-        cls, widths = (
-            ImageEncoder,
-            {"block_out_channels": channels, "latent_channels": by_name["quant_conv"][0].shape[-1] // 2},
-        )
+    try:
+        cls, widths = _class_and_widths(layers, arrays)
+    except (IndexError, ValueError):
+        raise ValueError(f"{str(path)!r} is not in the layout of a KerasCV model: a layer lacks arrays.") from None
     model = cls(**{**widths, **arguments}, dtype=dtype)
     _assign(model, layers, arrays, str(path))
     return model
+
+
+def _class_and_widths(layers, arrays):
+    by_name = {layer: own for (_, layer), own in zip(layers, arrays)}
+    if layers[0][0] == "clip_embedding":
+        return TextEncoder, _text_encoder_arguments(by_name, len(layers) - 2)
+    if layers[0][0] == "dense":
+        return DiffusionModel, _diffusion_model_arguments(by_name)
+    if layers[0][1] == "post_quant_conv":
+        channels = [by_name[f"decoder.up_blocks.{3 - level}.resnets.2"][2].shape[-1] for level in range(4)]
+        return Decoder, {"block_out_channels": channels, "latent_channels": by_name["post_quant_conv"][0].shape[-1]}
+    channels = [by_name[f"encoder.down_blocks.{level}.resnets.1"][2].shape[-1] for level in range(4)]
+    return ImageEncoder, {"block_out_channels": channels, "latent_channels": by_name["quant_conv"][0].shape[-1] // 2}
 
 
 def _text_encoder_arguments(arrays, num_layers):
@@ -285,8 +341,19 @@ def _diffusion_model_arguments(arrays):
     }
 
 
+def assign_keras_cv(model, path):
+    """Assigns every variable of one of the four models from a file, or none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `build_from_keras_cv`; or the file is another model's.
+    """
+    _assign(model, *read_keras_cv(path), str(path))
+
+
 def _assign(model, layers, arrays, source):
     variables, values = _variables(model), []
+    if {layer for _, layer in layers} != variables.keys():
+        raise ValueError(f"{source} holds the layers of another model than this {model.name}.")
     for (kind, layer), own in zip(layers, arrays):
         places = [variable for variable, _ in _in_order(kind, variables.pop(layer), layer)]
         if len(places) != len(own):
