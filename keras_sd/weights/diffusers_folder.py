@@ -162,6 +162,8 @@ def text_encoder_config(model, tokenizer):
         "pad_token_id": tokenizer.pad_id,
         "layer_norm_eps": 1e-5,
         "projection_dim": arguments["hidden_size"],
+        # Whatever the file holds: transformers would open the text encoder in its dtype, diffusers the rest in float32.
+        "dtype": "float32",
     }
 
 
