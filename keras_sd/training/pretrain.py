@@ -27,7 +27,7 @@ from keras_sd.noise_scheduler import NoiseScheduler
 from keras_sd.tokenizer import CLIPTokenizer
 from keras_sd.training import emoji_pictures
 from keras_sd.training.bpe import train_bpe
-from keras_sd.weights.diffusers_folder import text_encoder_config, write_component, write_folder, write_json
+from keras_sd.weights.diffusers_folder import write_folder, write_json
 
 SIDE = 64
 NUM_MERGES = 1500
@@ -266,8 +266,6 @@ def write_preset(folder, captions, tokenizer, diffusion, autoencoder, scaling_fa
     decoder.set_weights(autoencoder.decoder.get_weights())
     models = (diffusion.text_encoder, diffusion.diffusion_model, encoder, decoder)
     write_folder(folder, tokenizer, *models, SCHEDULER, (SIDE, SIDE), "float16")
-    # transformers opens a text encoder in the dtype it is stored in, diffusers the rest in float32: they must agree.
-    write_component(folder, "text_encoder", text_encoder_config(models[0], tokenizer), models[:1], "float32")
     write_json(folder / "captions.json", captions)
 
 
