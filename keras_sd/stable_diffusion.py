@@ -349,9 +349,10 @@ class StableDiffusion:
         Returns:
             uint8 (batch_size, height, width, 3).
         """
-        picture, mask = self._fitted(image, height, width), read_image(mask, "mask")
-        if mask.size != read_image(image).size:
-            raise ValueError(f"mask is {mask.size} pixels, the image {read_image(image).size}; they must be alike.")
+        image, mask = read_image(image), read_image(mask, "mask")
+        if mask.size != image.size:
+            raise ValueError(f"mask is {mask.size} pixels, the image {image.size}; they must be alike.")
+        picture = self._fitted(image, height, width)
         mask = np.asarray(fit(mask, picture.height, picture.width, self._factor).convert("L")) >= 128
         if not mask.any():
             raise ValueError("mask is empty: nothing in it is white (128 or more), so there is nothing to repaint.")
