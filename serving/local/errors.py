@@ -50,6 +50,9 @@ def from_exception(error):
 
 
 def _runtime_message(message):
-    """TensorFlow's message as the C++ runtime wrote it, without what Python put around it."""
-    message = re.sub(r"^Graph execution error:\n\nDetected at node .*?\n(?=Node: |\S+ root error)", "", message, flags=re.S)
-    return re.sub(r" \[Op:\w+\]( name: .*)?$", "", message)
+    """TensorFlow's message as the C++ runtime wrote it, without what eager execution and Python put around it."""
+    message = re.sub(
+        r"^Graph execution error:\n\n(Detected at node .*\n(<stack.*\n|  File .*\n|    .*\n|\n)*)*", "", message
+    )
+    message = re.sub(r"^\{\{function_node __wrapped__\S+?\}\} ", "", message)
+    return re.sub(r"\s*\[Op:[^\]]*\]( name: .*)?$", "", message)
