@@ -1,1 +1,1 @@
-"""A local server that a client cannot tell from `tensorflow_model_server`: gRPC and REST over a folder of SavedModels."""
+"""A local server that a client cannot tell from `tensorflow_model_server`: gRPC and REST over SavedModels."""

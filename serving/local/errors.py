@@ -54,5 +54,5 @@ def _runtime_message(message):
     message = re.sub(
         r"^Graph execution error:\n\n(Detected at node .*\n(<stack.*\n|  File .*\n|    .*\n|\n)*)*", "", message
     )
-    message = re.sub(r"^\{\{function_node __wrapped__\S+?\}\} ", "", message)
+    message = re.sub(r"^\{\{function_node \S+?\}\} ", "", message)
     return re.sub(r"\s*\[Op:[^\]]*\]( name: .*)?$", "", message)

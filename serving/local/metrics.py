@@ -32,7 +32,7 @@ class Counter:
 
 
 class Histogram:
-    """Counts of values by size, per combination of label values: buckets up to scale · growth**i, and one without end."""
+    """Values counted by size, per combination of label values: buckets up to scale · growth**i, and one without end."""
 
     def __init__(self, name, *labels, scale=10, growth=1.8, buckets=33):
         self.name, self.labels, self.values = name, labels, {}
