@@ -244,7 +244,7 @@ class StableDiffusion:
         Raises:
             ValueError, TypeError: an argument is out of its range; the message names it and says what would do.
         """
-        shape = self._latent_shape(height, width)
+        shape = self.latent_shape(height, width)
         return self._draw(
             encoded_text,
             negative_prompt,
@@ -353,13 +353,13 @@ class StableDiffusion:
         if mask.size != image.size:
             raise ValueError(f"mask is {mask.size} pixels, the image {image.size}; they must be alike.")
         picture = self._fitted(image, height, width)
-        mask = np.asarray(fit(mask, picture.height, picture.width, self._factor).convert("L")) >= 128
+        mask = np.asarray(fit(mask, picture.height, picture.width, self.factor).convert("L")) >= 128
         if not mask.any():
             raise ValueError("mask is empty: nothing in it is white (128 or more), so there is nothing to repaint.")
         if _check_strength(strength) == 0:
             raise ValueError("strength must be above 0 for inpaint; got 0.")
         known = self.encode(picture)
-        repaint = mask[:: self._factor, :: self._factor, None].astype("float32")
+        repaint = mask[:: self.factor, :: self.factor, None].astype("float32")
         extra = None
         if self.diffusion_model.arguments["in_channels"] == 2 * known.shape[-1] + 1:
             masked = self.encode(np.where(mask[..., None], 0.0, to_model(picture)))
@@ -392,6 +392,24 @@ class StableDiffusion:
         """Decodes scaled latents (B, h, w, 4) to uint8 pictures (B, H, W, 3), rounded to the nearest value."""
         image = np.asarray(self.decoder.predict_on_batch(latent), "float32")
         return np.clip(np.round((image + 1.0) * 127.5), 0, 255).astype("uint8")
+
+    @functools.cached_property
+    def factor(self):
+        """Pixels per latent position, in height and width."""
+        return 2 ** (len(self.decoder.arguments["block_out_channels"]) - 1)
+
+    def latent_shape(self, height=None, width=None):
+        """(h, w, channels) of the latents of pictures of a size in pixels, by default `image_size`."""
+        height, width = (self.image_size[i] if side is None else side for i, side in enumerate((height, width)))
+        for name, side in (("height", height), ("width", width)):
+            _check_integer(name, side, 1)
+            if side % self.factor:
+                lower = max(side // self.factor, 1) * self.factor
+                raise ValueError(
+                    f"{name} must be a multiple of {self.factor}; got {side}. "
+                    f"{lower} or {lower + self.factor} would do."
+                )
+        return height // self.factor, width // self.factor, self.decoder.arguments["latent_channels"]
 
     # === Inside ===
 
@@ -437,7 +455,7 @@ class StableDiffusion:
             context,
             self._unconditional_context(negative_prompt, batch_size),
             table,
-            noise=noise or row_noise(seed, batch_size, shape),
+            noise=noise or row_noise(seed, batch_size, shape, table),
             extra=None if extra is None else np.repeat(extra, batch_size, axis=0),
             blend=None if keep is None else blend,
             callback=callback,
@@ -447,8 +465,8 @@ class StableDiffusion:
 
     def _fitted(self, image, height, width):
         if height is not None or width is not None:
-            self._latent_shape(height, width)
-        return fit(read_image(image), height, width, self._factor)
+            self.latent_shape(height, width)
+        return fit(read_image(image), height, width, self.factor)
 
     def _table(self, sampler, num_steps, guidance_scale, options):
         if isinstance(sampler, SamplerTable):
@@ -460,23 +478,6 @@ class StableDiffusion:
 
     def _unconditional_context(self, negative_prompt, batch_size):
         return _expand(self.encode_text("" if negative_prompt is None else negative_prompt), batch_size)[0]
-
-    @functools.cached_property
-    def _factor(self):
-        """Pixels per latent position, in height and width."""
-        return 2 ** (len(self.decoder.arguments["block_out_channels"]) - 1)
-
-    def _latent_shape(self, height, width):
-        height, width = (self.image_size[i] if side is None else side for i, side in enumerate((height, width)))
-        for name, side in (("height", height), ("width", width)):
-            _check_integer(name, side, 1)
-            if side % self._factor:
-                lower = max(side // self._factor, 1) * self._factor
-                raise ValueError(
-                    f"{name} must be a multiple of {self._factor}; got {side}. "
-                    f"{lower} or {lower + self._factor} would do."
-                )
-        return height // self._factor, width // self._factor, self.decoder.arguments["latent_channels"]
 
 
 def _expand(encoded_text, batch_size):

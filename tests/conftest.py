@@ -14,3 +14,13 @@ def _checkpoint(name):
 
 
 tiny, narrow_v1, v2_like = map(_checkpoint, ("tiny", "narrow_v1", "v2_like"))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Folder of the embedded model's SavedModels, all six, with models.config."""
+    from export.__main__ import NAMES, main
+
+    folder = tmp_path_factory.mktemp("exported")
+    main(["--preset", "emoji", "--out", str(folder), "--only", *NAMES])
+    return folder

@@ -91,7 +91,7 @@ def test_pictures_equal_diffusers(pair, name, monkeypatch):
         del config["timestep_spacing"]
     for scale, shape in ((7.5, (8, 12, 4)), (1.0, (9, 13, 4))):
         start = initial_noise(3, 1, shape)
-        fresh = row_noise(5, 1, shape)
+        fresh = row_noise(5, 1, shape, make_table(name, ours.scheduler[0], 4))
         theirs = draw_with_diffusers(
             peer,
             "an apple",

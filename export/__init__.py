@@ -1,0 +1,1 @@
+"""Writes models for servers and phones: `python -m export --preset emoji --out models`."""
