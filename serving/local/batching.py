@@ -117,6 +117,11 @@ class Batcher:
             return results[0]
         return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
 
+    def waiting(self):
+        """How many requests wait for their run to start."""
+        with self._changed:
+            return sum(len(batch.tasks) for queue in self._queues.values() for batch in queue)
+
     def _enqueue(self, kind, tasks, run):
         with self._changed:
             queue = self._queues.get(kind, [])

@@ -29,7 +29,7 @@ class Server:
 
     Args:
         models: `Models`.
-        port: the TCP port.
+        port: the TCP port; 0 takes a free one, then found in `.port`.
         max_threads: how many requests run at once.
         options: gRPC channel arguments, (name, value) pairs.
 
@@ -53,7 +53,7 @@ class Server:
         for service in ("", "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService"):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._server.add_insecure_port(f"0.0.0.0:{port}")
+        self.port = self._server.add_insecure_port(f"0.0.0.0:{port}")
         self._server.start()
 
     def stop(self, grace):
