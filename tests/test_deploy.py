@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import threading
@@ -20,8 +21,9 @@ from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
 from export.__main__ import NAMES
+from export.__main__ import build_parser as build_export_parser
 from export.saved_model import DEFAULT, write_config
-from serving.__main__ import build_parser
+from serving.__main__ import build_parser as build_serving_parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEPLOY = ROOT / "serving" / "deploy"
@@ -31,7 +33,7 @@ BUILT = [KUBERNETES / "base", *(KUBERNETES / "overlays" / name for name in (*OVE
 PIPELINE = ("text_encoder", "diffusion_model", "decoder")
 GRPC, REST = 8500, 8501
 
-# of tensorflow_model_server 2.21; it tolerates others with one line in its log, and so would a test of the server
+# of tensorflow_model_server; it starts with others too, and only its log says so
 SERVER_FLAGS = set(
     """port grpc_socket_path rest_api_port rest_api_num_threads rest_api_timeout_in_ms rest_api_enable_cors_support
     enable_batching batching_parameters_file enable_per_model_batching_parameters
@@ -42,8 +44,9 @@ SERVER_FLAGS = set(
     use_alts_credentials ssl_config_file platform_config_file per_process_gpu_memory_fraction saved_model_tags
     grpc_channel_arguments grpc_max_threads enable_model_warmup num_request_iterations_for_warmup version
     monitoring_config_file remove_unused_fields_from_bundle_metagraph prefer_tflite_model num_tflite_pools
-    num_tflite_interpreters_per_pool enable_signature_method_name_check xla_cpu_compilation_enabled enable_profiler
-    thread_pool_factory_config_file""".split()
+    num_tflite_interpreters_per_pool enable_signature_method_name_check xla_cpu_compilation_enabled
+    xla_gpu_compilation_enabled enable_profiler thread_pool_factory_config_file enable_grpc_healthcheck_service
+    enable_serialization_as_tensor_content mixed_precision skip_initialize_tpu""".split()
 )
 
 
@@ -556,14 +559,22 @@ def test_page_names_what_there_is():
     assert {name for name in variables if name not in text} <= {"DCGM_FI_DEV_GPU_UTIL"}
 
 
-def test_commands_of_the_page_parse():
-    from export.__main__ import build_parser as build_export_parser
+def test_memory_on_the_page_adds_up():
+    page = (DEPLOY / "README.md").read_text()
+    table = re.findall(r"^\| (.+?) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", page, flags=re.MULTILINE)
+    count = {name.strip("`").split("`")[0]: int(number.replace(",", "")) for name, number, *_ in table}
+    for _, number, float32, half in table:
+        weights = int(number.replace(",", "")) * 4 / 1e9
+        assert (float32, half) == (f"{weights:.2f}", f"{weights / 2:.2f}")
+    assert set(count) == {*DEFAULT, "all five"}
+    assert count["stable_diffusion"] == sum(count[name] for name in PIPELINE)
+    assert count["all five"] == sum(count[name] for name in DEFAULT)
 
+
+def test_commands_of_the_page_parse():
     page = (DEPLOY / "README.md").read_text()
     commands = re.findall(r"^python -m (export|serving) (.*)$", page, flags=re.MULTILINE)
     assert {module for module, _ in commands} == {"export", "serving"}
-    import shlex
-
     for module, arguments in commands:
         words = shlex.split(arguments, comments=True)
-        (build_export_parser() if module == "export" else build_parser()).parse_args(words)
+        (build_export_parser() if module == "export" else build_serving_parser()).parse_args(words)
