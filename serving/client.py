@@ -44,7 +44,10 @@ class ServerError(RuntimeError):
     """What a server, or the way to it, answered instead of a result: `code` is gRPC's name for it."""
 
     def __init__(self, code, message):
-        super().__init__(f"{' '.join(message.split())} ({code})")
+        text = re.sub(r" *\[\[\{\{.*", "", " ".join(message.split()))  # without the graph's node
+        if "assertion failed: " in text:  # TensorFlow's, of our own sentences in brackets
+            text = re.sub(r"[\[\]]", "", text.replace("assertion failed: ", ""))
+        super().__init__(f"{text} ({code})")
         self.code = code
 
 

@@ -6,6 +6,8 @@ import http.server
 import io
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -666,6 +668,15 @@ def test_ctrl_c_cancels_the_running_request(serve):
         fake.stop()
 
 
+def test_what_a_graph_refuses_is_one_sentence():
+    message = "assertion failed: [latent must have the shape (batch, 8, 8, 4); got] [1 16 8 4]\n\t [[{{node Assert}}]]"
+    error = ServerError("INVALID_ARGUMENT", f"diffusion_model at gpu-1:8500: {message}")
+    wanted = (
+        "diffusion_model at gpu-1:8500: latent must have the shape (batch, 8, 8, 4); got 1 16 8 4 (INVALID_ARGUMENT)"
+    )
+    assert str(error) == wanted
+
+
 # === Which model and which signature ===
 
 
@@ -865,3 +876,103 @@ for host, rest in (({fake.grpc_host!r}, False), ({fake.rest_host!r}, True)):
     environment = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# === The exported embedded model on the project's own server ===
+
+PROMPTS = ["red apple on a blue background", "rocket on a yellow background"]
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory):
+    """(the Python pipeline, the folder of its export)."""
+    from export.saved_model import export_saved_models
+    from keras_sd import StableDiffusion
+
+    sd, folder = StableDiffusion.from_preset("emoji"), tmp_path_factory.mktemp("models")
+    names = ("text_encoder", "diffusion_model", "decoder", "image_encoder", "denoiser")
+    export_saved_models(sd, folder, only=names, size=sd.image_size)
+    return sd, folder
+
+
+@pytest.fixture(scope="module")
+def local_servers(emoji):
+    """Two servers as (process, gRPC host, REST host); the second has the denoiser in place of the diffusion model."""
+    _, folder = emoji
+    batching = folder / "batching-models.config"
+    text = (folder / "models.config").read_text()
+    batching.write_text(re.sub(r"  config \{[^}]*diffusion_model[^}]*\}\n", "", text))
+    servers = []
+    with contextlib.ExitStack() as stack:
+        for flags in (["--models", folder], [f"--model_config_file={batching}"]):
+            ports = free_port(), free_port()
+            command = [sys.executable, "-m", "serving", "serve", "--local", *flags]
+            command += [f"--port={ports[0]}", f"--rest_api_port={ports[1]}"]
+            environment = {**os.environ, "PYTHONPATH": ROOT, "TF_CPP_MIN_LOG_LEVEL": "3"}
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            servers.append((process, *(f"localhost:{port}" for port in ports)))
+        for process, grpc_host, rest_host in servers:
+            for host in (grpc_host, f"http://{rest_host}"):
+                wait_for(process, host)
+        yield servers
+
+
+def wait_for(process, host):
+    with Client(host) as client:
+        while process.poll() is None:
+            with contextlib.suppress(ServerError):
+                return client.config
+    raise AssertionError("the server did not start")
+
+
+def test_served_pictures_are_those_of_the_pipeline(emoji, local_servers):
+    sd, _ = emoji
+    (_, grpc_host, rest_host), (_, batching_host, _) = local_servers
+    arguments = {"negative_prompt": "blurry", "num_steps": 12, "seed": 7, "progress": False}
+    wanted = sd.text_to_image(PROMPTS, **arguments)
+    for host in (grpc_host, f"http://{rest_host}", batching_host):
+        with Client(host) as client:
+            for chunk in (1, 3, 5, 12):
+                assert_same(client.text_to_image(PROMPTS, chunk=chunk, **arguments), wanted)
+            noisy = {**arguments, "sampler": "euler_a"}
+            assert_same(client.text_to_image(PROMPTS, **noisy), sd.text_to_image(PROMPTS, **noisy))
+
+
+def test_served_pictures_from_pictures_are_those_of_the_pipeline(emoji, local_servers):
+    sd, _ = emoji
+    arguments = {"num_steps": 10, "seed": 3, "sampler": "dpmpp_2m", "progress": False}
+    image = sd.text_to_image(PROMPTS[0], **arguments)[0]
+    mask = np.zeros((64, 64), "uint8")
+    mask[:, 32:] = 255
+    for host in (local_servers[0][1], f"http://{local_servers[0][2]}"):
+        with Client(host) as client:
+            for method, pictures in (("image_to_image", [image]), ("inpaint", [image, mask])):
+                wanted = getattr(sd, method)(*pictures, PROMPTS, strength=0.7, **arguments)
+                assert_same(getattr(client, method)(*pictures, PROMPTS, strength=0.7, **arguments), wanted)
+
+
+def test_killing_a_real_server_in_the_middle_does_not_change_the_picture(emoji, local_servers):
+    sd, _ = emoji
+    (process, *first), (_, *second) = local_servers
+    arguments = {"num_steps": 15, "seed": 7, "sampler": "unipc", "progress": False}
+    wanted = sd.text_to_image(PROMPTS, **arguments)
+
+    def kill(row, rows, latent):
+        if row >= rows // 2 and process.poll() is None:
+            process.kill()
+            process.wait()
+
+    with Client([first[0], second[0]]) as client:
+        assert_same(client.text_to_image(PROMPTS, chunk=3, callback=kill, **arguments), wanted)
+    assert process.poll() is not None
+    with Client([first[1], second[1]], rest=True) as client:
+        assert_same(client.text_to_image(PROMPTS, **arguments), wanted)
