@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import random
+import threading
 
 import grpc
 import numpy as np
@@ -435,6 +436,62 @@ def test_fuzzed_requests_are_answered_and_leave_the_server_serving(stub, server)
     assert {code.name for code in codes} <= known
     assert server.process.poll() is None
     stub.Predict(valid[0], timeout=60)
+
+
+# Beside the requests
+
+
+def test_metrics_have_the_names_and_form_of_the_real_server():
+    from serving.local import metrics
+
+    metrics.record_request("a", "Predict", "GRPC", "OK", 0.00002)
+    metrics.record_request('b"\\', "Predict", "REST", "NOT_FOUND", 0.1)
+    lines = metrics.exposition().splitlines()
+    assert "# TYPE :tensorflow:serving:request_count counter" in lines
+    assert ':tensorflow:serving:request_count{model_name="a",status="OK"} 1' in lines
+    assert ':tensorflow:serving:request_count{model_name="b\\"\\\\",status="NOT_FOUND"} 1' in lines
+    assert "# TYPE :tensorflow:serving:request_latency histogram" in lines
+    name, labels = ":tensorflow:serving:request_latency", 'model_name="a",API="Predict",entrypoint="GRPC"'
+    buckets = [line for line in lines if line.startswith(f"{name}_bucket{{{labels},")]
+    assert len(buckets) == 33
+    assert buckets[0] == f'{name}_bucket{{{labels},le="10"}} 0'
+    assert buckets[2] == f'{name}_bucket{{{labels},le="32.4"}} 1'
+    assert buckets[-1] == f'{name}_bucket{{{labels},le="+Inf"}} 1'
+    assert f"{name}_sum{{{labels}}} 20" in lines and f"{name}_count{{{labels}}} 1" in lines
+
+
+def test_a_signature_may_have_defaults(tmp_path):
+    from serving.local.call import Call
+    from serving.local.servable import Servable
+
+    save_everything(tmp_path / "1")
+    file = tmp_path / "1" / "saved_model.pb"
+    saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    defaults = saved_model.meta_graphs[0].signature_def["serving_default"].defaults
+    defaults["n"].CopyFrom(tf.make_tensor_proto(np.int32(5)))
+    file.write_bytes(saved_model.SerializeToString())
+    _, outputs = Servable("m", 1, str(tmp_path / "1")).predict("", {"x": np.float32(2)}, ("scaled",), Call())
+    assert outputs == {"scaled": 10}
+
+
+def test_a_call_ends_once_and_tells_who_waits():
+    from serving.local.call import Call
+    from serving.local.errors import ServingError
+
+    told = []
+    call = Call()
+    call.on_cancel(lambda: told.append(1))
+    assert call.ended() is None and call.remaining() is None
+    call.cancel()
+    call.cancel("DEADLINE_EXCEEDED")
+    call.on_cancel(lambda: told.append(2))
+    assert told == [1, 2] and call.ended() == "CANCELLED"
+    late, passed = Call(timeout_seconds=0.1), threading.Event()
+    late.on_cancel(passed.set)
+    assert passed.wait(30)
+    with pytest.raises(ServingError) as caught:
+        late.check()
+    assert caught.value.code == "DEADLINE_EXCEEDED"
 
 
 # Start and end

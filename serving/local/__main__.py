@@ -16,20 +16,18 @@ INTER_OP_THREADS = 128
 
 
 def main(arguments):
-    """Serves until SIGTERM or SIGINT.
+    """Serves until SIGTERM or SIGINT, which end the process with exit code 0.
 
     Args:
         arguments: the command line, a list of strings; see `flags`.
 
     Returns:
-        The exit code: 0 after a graceful end, 255 if the server cannot start.
+        The exit code: 255 if the server cannot start, 0 after `--version`.
     """
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s: %(levelname).1s serving.local] %(message)s"
     )
     stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
     try:
         _serve(flags.parse(arguments), stopping)
     except (ServingError, ValueError, RuntimeError, OSError) as error:
@@ -37,6 +35,11 @@ def main(arguments):
             code = f"{error.code}: " if isinstance(error, ServingError) else ""
             print(f"Failed to start server. Error: {code}{error}", file=sys.stderr, flush=True)
             return 255
+    if stopping.is_set():
+        # A graph or a load that cannot be stopped would hold the interpreter's end up, and may crash it.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
     return 0
 
 
@@ -44,6 +47,8 @@ def _serve(options, stopping):
     config = _model_config(options)
     monitoring_path = options.monitoring_config_file and config_files.monitoring_path(options.monitoring_config_file)
 
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
     # TensorFlow takes seconds to import: not before the flags are known to be right.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
@@ -80,10 +85,15 @@ def _serve(options, stopping):
     elif options.rest_api_port:
         from . import rest_server
 
-        servers.append(
-            rest_server.serve(models, options.rest_api_port, options.rest_api_timeout_in_ms, monitoring_path or None)
-        )
-        logging.info("Exporting HTTP/REST API at:localhost:%d ...", options.rest_api_port)
+        try:
+            servers.append(
+                rest_server.serve(
+                    models, options.rest_api_port, options.rest_api_timeout_in_ms, monitoring_path or None
+                )
+            )
+            logging.info("Exporting HTTP/REST API at:localhost:%d ...", options.rest_api_port)
+        except OSError as error:  # as the real server, which then serves gRPC alone
+            logging.error("Failed to start HTTP Server at localhost:%d: %s", options.rest_api_port, error)
     if options.model_config_file and options.model_config_file_poll_wait_seconds > 0:
         threading.Thread(target=_reread_config, args=(models, options, stopping), daemon=True).start()
     stopping.wait()
@@ -94,10 +104,8 @@ def _serve(options, stopping):
     end = time.monotonic() + GRACE_SECONDS + 2
     for stop in stops:
         stop.join(max(0, end - time.monotonic()))
-    models.stop()
     if any(stop.is_alive() for stop in stops):
         logging.error("requests that cannot be stopped are still running")
-        os._exit(0)
 
 
 def _model_config(options):

@@ -6,18 +6,13 @@ ones once a wanted one answers. What it cannot load never disturbs what is serve
 
 import gc
 import logging
-import os
-import re
 import threading
 import time
-import weakref
 
 from tensorflow_serving.config import model_server_config_pb2
 
+from . import versions
 from .errors import ServingError, from_exception
-
-# A folder that appears or changes under a running server may still be copied: it is loaded once it rested this long.
-SETTLE_SECONDS = 0.5
 
 
 class Models:
@@ -40,7 +35,7 @@ class Models:
         self._labels_for_unavailable = labels_for_unavailable
         self._configs = {}  # name → ModelConfig
         self._labels = {}  # name → label → version
-        self._versions = {}  # name → version → _Version, every one ever seen
+        self._versions = {}  # name → version → Version, every one ever seen
         self._wanted = {}  # name → version → path, as of the last look
         self._looked = False
         self._complaints = {}  # name → the last thing wrong with its base path, logged once
@@ -64,12 +59,12 @@ class Models:
         with self._changed:
             if label is not None:
                 version = self._version_of(name, label)
-            versions = self._versions.get(name, {})
-            served = [number for number, entry in versions.items() if entry.state == "AVAILABLE"]
+            entries = self._versions.get(name, {})
+            served = [number for number, entry in entries.items() if entry.state == "AVAILABLE"]
             if version is None and served:
                 version = max(served)
             if version in served:
-                return versions[version].servable
+                return entries[version].servable
         request = f"Latest({name})" if version is None else f"Specific({name}, {version})"
         raise ServingError("NOT_FOUND", f"Servable not found for request: {request}")
 
@@ -85,13 +80,13 @@ class Models:
         with self._changed:
             if label is not None:
                 version = self._version_of(name, label)
-            versions = self._versions.get(name, {})
-            if version is None and not versions:
+            entries = self._versions.get(name, {})
+            if version is None and not entries:
                 raise ServingError("NOT_FOUND", f"Could not find any versions of model {name}")
-            if version is not None and version not in versions:
+            if version is not None and version not in entries:
                 raise ServingError("NOT_FOUND", f"Could not find version {version} of model {name}")
-            numbers = sorted(versions, reverse=True) if version is None else [version]
-            return [(number, versions[number].state, *versions[number].status()) for number in numbers]
+            numbers = sorted(entries, reverse=True) if version is None else [version]
+            return [(number, entries[number].state, *entries[number].status()) for number in numbers]
 
     def _version_of(self, name, label):
         try:
@@ -128,7 +123,7 @@ class Models:
         self._await(names, call)
 
     def stop(self):
-        """Ends polling. What is served stays."""
+        """Ends polling, after the load that may be under way. What is served stays."""
         self._stopped.set()
         self._wake.set()
         with self._changed:
@@ -219,47 +214,45 @@ class Models:
                 self._notify()
             except Exception:  # whatever it is, what is served stays served and the next look may go better
                 logging.exception("polling the models failed")
-            pending = SETTLE_SECONDS / 2 if self._pending() else 1
+            pending = versions.SETTLE_SECONDS / 2 if self._pending() else 1
             self._wake.wait(max(0.01, min(pending, next_look - time.monotonic())))
 
     def _look(self):
         """Finds out which versions are wanted."""
         for name, config in list(self._configs.items()):
             try:
-                children = sorted(entry.name for entry in os.scandir(config.base_path) if entry.is_dir())
+                found = versions.find(config.base_path)
             except OSError:
                 # Perhaps gone only for a moment: what is served stays.
                 self._complain(name, f"Could not find base path {config.base_path} for servable {name}")
                 continue
-            found = {int(child): child for child in reversed(children) if _is_version(child)}
-            numbers = _wanted_versions(config.model_version_policy, found)
-            if not numbers:
-                self._complain(name, f"No versions of servable {name} found under base path {config.base_path}")
-            else:
-                self._complaints.pop(name, None)
+            wanted = versions.wanted(config.model_version_policy, found)
+            self._complain(
+                name, "" if wanted else f"No versions of servable {name} found under base path {config.base_path}"
+            )
             with self._changed:
-                before = self._wanted.get(name, {})
-                self._wanted[name] = {number: os.path.join(config.base_path, found[number]) for number in numbers}
+                before, self._wanted[name] = self._wanted.get(name, {}), wanted
                 entries = self._versions.setdefault(name, {})
-                for number, path in self._wanted[name].items():
+                for number, path in wanted.items():
                     entry = entries.get(number)
                     returns = entry and entry.state == "END" and (entry.error is None or number not in before)
-                    if entry is None or returns:
-                        entries[number] = _Version(path, rested=not self._looked)
+                    moved = entry and entry.servable is None and entry.path != path
+                    if entry is None or returns or moved:
+                        entries[number] = versions.Version(path, rested=not self._looked)
         with self._changed:
             for name in set(self._wanted) - set(self._configs):
                 self._wanted[name] = {}
         self._looked = True
 
     def _complain(self, name, message):
-        if self._complaints.get(name) != message:
+        if message and self._complaints.get(name) != message:
             logging.warning("%s", message)
-            self._complaints[name] = message
+        self._complaints[name] = message
 
     def _settle(self):
         """Notes which folders that wait to be loaded have changed, and which have come to rest."""
         for _, _, entry in self._unloaded():
-            entry.observe()
+            entry.look()
 
     def _unloaded(self):
         """Wanted versions that are not served, the highest of each model first."""
@@ -302,6 +295,7 @@ class Models:
             servable = self._load(name, number, entry.path)
         except Exception as error:
             error = from_exception(error)
+            error = ServingError(error.code, error.message)  # without the traceback, which holds what was loaded
             logging.error("Loading servable: {name: %s version: %d} failed: %s", name, number, error)
             with self._changed:
                 entry.error = error
@@ -334,65 +328,6 @@ class Models:
         if ended:
             gc.collect()  # functions and variables refer to each other in circles
         return retired or ended
-
-
-class _Version:
-    """What is known of one version of a model."""
-
-    def __init__(self, path, rested):
-        self.path = path
-        self.state = "START"
-        self.servable = None  # while UNLOADING, a weak reference: requests that run hold the others
-        self.error = None
-        self.tries, self.retry_at = 0, 0.0
-        # Without a look before to compare with, a folder passes for complete.
-        self._files = _files(path) if rested else None
-        self._changed_at = 0.0
-
-    def status(self):
-        return (self.error.code, self.error.message) if self.error else ("OK", "")
-
-    def unload(self):
-        self.state, self.servable = "UNLOADING", weakref.ref(self.servable)
-
-    def observe(self):
-        files = _files(self.path)
-        if files != self._files:
-            self._files, self._changed_at = files, time.monotonic()
-            self.tries, self.retry_at = 0, 0.0
-
-    def due(self):
-        now = time.monotonic()
-        if now < self._changed_at + SETTLE_SECONDS:
-            return False
-        return self.tries == 0 or (self.state != "END" and now >= self.retry_at)
-
-
-def _files(path):
-    """What changes when a file under the path is added, written or removed."""
-    found = []
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                info = os.stat(os.path.join(folder, name))
-            except OSError:
-                continue
-            found.append((folder, name, info.st_size, info.st_mtime_ns))
-    return sorted(found)
-
-
-def _is_version(name):
-    return re.fullmatch("-?[0-9]+", name) is not None and -(2**63) <= int(name) < 2**63
-
-
-def _wanted_versions(policy, found):
-    """The version numbers, of those found, that a `ServableVersionPolicy` asks for."""
-    choice = policy.WhichOneof("policy_choice")
-    if choice == "all":
-        return list(found)
-    if choice == "specific":
-        return [number for number in policy.specific.versions if number in found]
-    return sorted(found)[-max(1, policy.latest.num_versions) :]
 
 
 def _check_config(model):

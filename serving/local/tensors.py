@@ -32,7 +32,7 @@ FIELDS = {
 _FIELD_OF = {types_pb2.DataType.Value(dtype): field for field, dtypes in FIELDS.items() for dtype in dtypes.split()}
 _FLOATS = {"float_val": "<f4", "double_val": "<f8", "scomplex_val": "<f4", "dcomplex_val": "<f8"}
 
-MAX_BYTES = 2**31 - 1  # of one message, and so of any tensor that one could have carried in full
+MAX_REPEATED_BYTES = 2**28  # of a tensor of which the message does not carry every value
 _VARINT_CHUNK = 2**18
 
 
@@ -55,7 +55,8 @@ def to_array(proto, name):
     dtype, elements = tf.as_dtype(proto.dtype), math.prod(sizes)
     given = len(getattr(proto, field)) // (2 if dtype.is_complex else 1)
     # A tensor of strings costs 24 bytes an element before its first character.
-    if given > elements or elements * (24 if dtype == tf.string else dtype.size) > MAX_BYTES:
+    size = elements * (24 if dtype == tf.string else dtype.size)
+    if given > elements or (size > MAX_REPEATED_BYTES and given < elements and not proto.tensor_content):
         raise _parsing_error(name)
     try:
         return from_tensor(tf.raw_ops.ParseTensor(serialized=proto.SerializeToString(), out_type=dtype))
