@@ -17,6 +17,7 @@ import re
 import secrets
 import time
 import warnings
+from concurrent import futures
 
 import grpc
 import numpy as np
@@ -75,7 +76,9 @@ class Server:
 
     def describe(self):
         """What the exporter wrote about the model: sizes, scheduler, columns of the table."""
-        return json.loads(self.predict("text_encoder", "describe", {})["config"].item())
+        names, _ = self.signatures("text_encoder").get("describe", ((), ()))
+        inputs = {name: np.array([b""], object) for name in names}  # a batching server wants one
+        return json.loads(self.predict("text_encoder", "describe", inputs)["config"].flat[0])
 
     def encode_prompt(self, prompts):
         """A list of strings → context float32 (B, 77, width), and for each whether it was cut."""
@@ -155,6 +158,7 @@ class GrpcServer(Server):
 
     def __init__(self, address, timeout, tls=False):
         super().__init__(address, timeout)
+        self._starter = futures.ThreadPoolExecutor(1)  # gRPC hangs where Ctrl-C meets it at the start of a call
         options = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
         options += [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2000)]
         if tls:
@@ -178,15 +182,16 @@ class GrpcServer(Server):
     def _call(self, method, model, request, kind):
         path = f"/tensorflow.serving.PredictionService/{method}"
         stub = self._channel.unary_unary(path, type(request).SerializeToString, kind.FromString)
-        call = stub.future(request, timeout=self.timeout)
+        starting = self._starter.submit(stub.future, request, timeout=self.timeout)
         try:
-            return call.result()
+            return starting.result().result()
         except grpc.RpcError as error:
             raise self._error(error.code().name, model, error.details() or "no answer") from None
-        finally:
-            call.cancel()  # one that Ctrl-C leaves would go on
+        finally:  # a call that Ctrl-C leaves would go on
+            starting.add_done_callback(lambda started: started.exception() or started.result().cancel())
 
     def close(self):
+        self._starter.shutdown()
         self._channel.close()
 
 

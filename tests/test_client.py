@@ -613,6 +613,15 @@ def test_a_model_that_one_host_lacks_is_found_on_another(serve, rest):
 
 
 @pytest.mark.parametrize("rest", [False, True])
+def test_every_model_may_have_a_host_of_its_own(serve, rest):
+    fakes = [serve({name: MODELS[name]}) for name in MODELS]
+    with Client([fake.rest_host if rest else fake.grpc_host for fake in fakes], rest=rest) as client:
+        images = client.text_to_image("an apple", num_steps=12, seed=7, progress=False)
+    assert_same(images, expected(own_table(12), 7, ["an apple"]))
+    assert [len(fake.requests) for fake in fakes] == [3, 3, 1, 0]
+
+
+@pytest.mark.parametrize("rest", [False, True])
 def test_a_request_that_takes_too_long_goes_to_the_next_host(serve, rest):
     release = threading.Event()
 
