@@ -38,6 +38,8 @@ class Checkpoint:
         text_encoder, diffusion_model, image_encoder, decoder: (dtype policy) → model with its weights.
         scheduler: () → scheduler config, a dict in the fields of diffusers.
         image_size: () → default (height, width) in pixels.
+        upscaler: () → None, or for a ×4 upscaler (config of the scheduler that noises the small picture, largest noise
+            level).
     """
 
     tokenizer: Callable
@@ -47,6 +49,7 @@ class Checkpoint:
     decoder: Callable
     scheduler: Callable
     image_size: Callable
+    upscaler: Callable = lambda: None
 
 
 def open_checkpoint(path, tokenizer=None):
@@ -76,10 +79,13 @@ def open_checkpoint(path, tokenizer=None):
 
 def open_diffusers_folder(path):
     """Opens a folder in the diffusers layout; see `keras_sd.weights.diffusers_folder`."""
+    is_upscaler = (path / "low_res_scheduler").is_dir()
 
     def part(component, build):
         def read(dtype=None):
             config, arrays = folder_format.read_component(path, component)
+            if component == "vae" and is_upscaler:  # diffusers sets it, too: the published file does not have it
+                config = {**config, "scaling_factor": 0.08333}
             return build(config, arrays, str(path / component), dtype)
 
         return read
@@ -91,6 +97,13 @@ def open_diffusers_folder(path):
         height, width = (size, size) if isinstance(size, int) else size
         return height * 2 ** (levels - 1), width * 2 ** (levels - 1)
 
+    def upscaler():
+        if not is_upscaler:
+            return None
+        index = folder_format.read_json(path / "model_index.json")
+        config = folder_format.read_json(path / "low_res_scheduler" / "scheduler_config.json")
+        return config, index.get("max_noise_level", 350)
+
     return Checkpoint(
         tokenizer=lambda: CLIPTokenizer.from_folder(path / "tokenizer"),
         text_encoder=part("text_encoder", folder_format.build_text_encoder),
@@ -99,6 +112,7 @@ def open_diffusers_folder(path):
         decoder=part("vae", folder_format.build_decoder),
         scheduler=lambda: folder_format.read_json(path / "scheduler" / "scheduler_config.json"),
         image_size=image_size,
+        upscaler=upscaler,
     )
 
 

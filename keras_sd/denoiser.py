@@ -27,8 +27,8 @@ class Denoiser(keras.Model):
         dict with `latent` (B, h, w, C), `history` (B, 5, h, w, C) (the remembered outputs, newest first; zeros at the
         start), `context` (B, 77, width), `row` (B, columns) in the order of `keras_sd.samplers.COLUMNS`, and where
         needed `unconditional_context` (B, 77, width) (without it there is one pass and no guidance), `noise`
-        (B, h, w, C) (only for rows that add noise) and `extra` (B, h, w, E) (channels that the network sees beside
-        the latent, as inpainting models do).
+        (B, h, w, C) (only for rows that add noise), `extra` (B, h, w, E) (channels that the network sees beside
+        the latent, as inpainting models do) and `class_label` int32 (B,) (for networks that have classes).
 
     Returns:
         dict with the next `latent` and `history`.
@@ -61,25 +61,28 @@ class Denoiser(keras.Model):
     def _guided(self, inputs, latent, guidance):
         if "extra" in inputs:
             latent = ops.concatenate([latent, inputs["extra"]], axis=-1)
-        timestep, context = inputs["row"][:, 1], inputs["context"]
+        timestep, context, label = inputs["row"][:, 1], inputs["context"], inputs.get("class_label")
         if "unconditional_context" not in inputs:
-            return self._predict(latent, timestep, context)
+            return self._predict(latent, timestep, context, label)
         unconditional_context = inputs["unconditional_context"]
         if self.two_passes:
-            unconditional = self._predict(latent, timestep, unconditional_context)
-            conditional = self._predict(latent, timestep, context)
+            unconditional = self._predict(latent, timestep, unconditional_context, label)
+            conditional = self._predict(latent, timestep, context, label)
         else:
             both = self._predict(
                 ops.concatenate([latent, latent]),
                 ops.concatenate([timestep, timestep]),
                 ops.concatenate([unconditional_context, context]),
+                None if label is None else ops.concatenate([label, label]),
             )
             unconditional, conditional = ops.split(both, 2)
         return unconditional + guidance * (conditional - unconditional)
 
-    def _predict(self, latent, timestep, context):
+    def _predict(self, latent, timestep, context, label=None):
         width = next(x.shape[-1] for x in self.diffusion_model.inputs if x.name == "timestep_embedding")
         inputs = {"latent": latent, "timestep_embedding": timestep_embedding(timestep, width), "context": context}
+        if label is not None:
+            inputs["class_label"] = label
         return ops.cast(self.diffusion_model(inputs), "float32")
 
     def _step(self, inputs):
@@ -98,6 +101,7 @@ class Denoiser(keras.Model):
         table,
         noise=None,
         extra=None,
+        class_label=None,
         blend=None,
         callback=None,
         progress=True,
@@ -111,6 +115,7 @@ class Denoiser(keras.Model):
             table: a `SamplerTable`.
             noise: function row → (B, h, w, C), the fresh noise of stochastic samplers; see `keras_sd.noise.row_noise`.
             extra: (B, h, w, E), further channels at the network's input.
+            class_label: int32 (B,), only for networks that have classes.
             blend: function (row, latent) → latent, applied after every row (inpainting keeps what is known with it).
             callback: function (row, rows, latent), called after every row. The run stops where it returns False.
             progress: show a progress bar.
@@ -126,7 +131,8 @@ class Denoiser(keras.Model):
         latent = np.asarray(latent, "float32")
         batch_size, rows = latent.shape[0], table.rows
         state = {"latent": latent, "history": np.zeros((batch_size, HISTORY, *latent.shape[1:]), "float32")}
-        fixed = {"context": context} if extra is None else {"context": context, "extra": extra}
+        fixed = {"context": context, "extra": extra, "class_label": class_label}
+        fixed = {key: value for key, value in fixed.items() if value is not None}
         for i in tqdm(range(len(table)), disable=not progress, leave=False):
             inputs = {**state, **fixed, "row": np.repeat(rows[i : i + 1], batch_size, axis=0)}
             if table.guidance[i] != 1.0:

@@ -143,13 +143,16 @@ class GEGLU(keras.layers.Layer):
 class TransformerBlock(keras.layers.Layer):
     """Self-attention, cross-attention and a gated feed-forward layer, each with LayerNorm before and a skip around it.
 
+    With `only_cross_attention` the first attends to the context too, as in the outer levels of the ×4 upscaler.
+
     Call arguments:
         x: (B, N, dim).
         context: (B, M, any width).
     """
 
-    def __init__(self, dim, num_heads, **kwargs):
+    def __init__(self, dim, num_heads, only_cross_attention=False, **kwargs):
         super().__init__(**kwargs)
+        self.only_cross_attention = only_cross_attention
         self.norm1, self.norm2, self.norm3 = (
             keras.layers.LayerNormalization(epsilon=1e-5, name=f"norm{i}", dtype=self.dtype_policy) for i in (1, 2, 3)
         )
@@ -159,8 +162,9 @@ class TransformerBlock(keras.layers.Layer):
         self.dense = keras.layers.Dense(dim, name="ff.net.2", dtype=self.dtype_policy)
 
     def build(self, x_shape, context_shape):
-        for layer in (self.norm1, self.norm2, self.norm3, self.attn1, self.geglu):
+        for layer in (self.norm1, self.norm2, self.norm3, self.geglu):
             layer.build(x_shape)
+        self.attn1.build(x_shape, context_shape if self.only_cross_attention else None)
         self.attn2.build(x_shape, context_shape)
         self.dense.build((*x_shape[:-1], 4 * x_shape[-1]))
 
@@ -168,7 +172,7 @@ class TransformerBlock(keras.layers.Layer):
         return x_shape
 
     def call(self, x, context):
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.dense(self.geglu(self.norm3(x)))
 
@@ -182,6 +186,7 @@ class SpatialTransformer(keras.layers.Layer):
         num_heads: attention heads.
         groups: groups of the normalization before the projection.
         use_linear_projection: Dense instead of 1×1 convolutions around the block, as SD v2 has it.
+        only_cross_attention: no self-attention; the context is attended to twice.
 
     Call arguments:
         x: (B, H, W, dim).
@@ -190,11 +195,13 @@ class SpatialTransformer(keras.layers.Layer):
     Reference: Rombach et al. (2022), arXiv 2112.10752, appendix E.2.1.
     """
 
-    def __init__(self, dim, num_heads, groups=32, use_linear_projection=False, **kwargs):
+    def __init__(self, dim, num_heads, groups=32, use_linear_projection=False, only_cross_attention=False, **kwargs):
         super().__init__(**kwargs)
         self.dim, self.use_linear_projection = dim, use_linear_projection
         self.norm = GroupNorm(groups, epsilon=1e-6, name="norm", dtype=self.dtype_policy)
-        self.block = TransformerBlock(dim, num_heads, name="transformer_blocks.0", dtype=self.dtype_policy)
+        self.block = TransformerBlock(
+            dim, num_heads, only_cross_attention, name="transformer_blocks.0", dtype=self.dtype_policy
+        )
         self.proj_in, self.proj_out = (
             keras.layers.Dense(dim, name=name, dtype=self.dtype_policy)
             if use_linear_projection

@@ -39,6 +39,7 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+NO_IMAGE_ENCODER = ("image_encoder", "requires_safety_checker")  # fields that the ×4 upscaler's index does not have
 
 ATTENTION_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 
@@ -76,7 +77,6 @@ def diffusion_model_arguments(config):
         mid_block_type=("UNetMidBlock2DCrossAttn",),
         norm_eps=(1e-5,),
         transformer_layers_per_block=(1, [1] * levels),
-        only_cross_attention=(False, [False] * levels),
         mid_block_only_cross_attention=(None, False),
         dual_cross_attention=(False,),
         cross_attention_norm=(None,),
@@ -94,7 +94,7 @@ def diffusion_model_arguments(config):
         addition_embed_type=(None,),
         encoder_hid_dim=(None,),
         time_cond_proj_dim=(None,),
-        num_class_embeds=(None,),
+        class_embeddings_concat=(False,),
     )
     for block in config.get("down_block_types", ()):
         if block not in ATTENTION_BLOCKS:
@@ -105,6 +105,9 @@ def diffusion_model_arguments(config):
         raise ValueError(f"unet/config.json: up_block_types {config['up_block_types']} do not mirror down_block_types.")
     # diffusers calls the number of heads "attention_head_dim", a name that its first checkpoints made permanent.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    only_cross_attention = config.get("only_cross_attention", False)
+    if only_cross_attention is True:  # then that of the middle block follows it
+        raise ValueError("unet/config.json: only_cross_attention is True; only False or one per level is supported.")
     return dict(
         in_channels=config.get("in_channels", 4),
         out_channels=config.get("out_channels", 4),
@@ -115,6 +118,8 @@ def diffusion_model_arguments(config):
         cross_attention_dim=_one_number(config.get("cross_attention_dim", 1280), "cross_attention_dim"),
         use_linear_projection=config.get("use_linear_projection", False),
         norm_num_groups=config.get("norm_num_groups", 32),
+        only_cross_attention=tuple(only_cross_attention) if only_cross_attention else False,
+        num_class_embeds=config.get("num_class_embeds"),
     )
 
 
@@ -322,7 +327,16 @@ def write_component(folder, component, config, models, dtype=None):
 
 
 def write_folder(
-    folder, tokenizer, text_encoder, diffusion_model, image_encoder, decoder, scheduler, image_size, dtype=None
+    folder,
+    tokenizer,
+    text_encoder,
+    diffusion_model,
+    image_encoder,
+    decoder,
+    scheduler,
+    image_size,
+    dtype=None,
+    upscaler=None,
 ):
     """Writes a whole model in the diffusers layout, `model_index.json` last.
 
@@ -333,6 +347,7 @@ def write_folder(
         scheduler: config of the scheduler, a dict in the fields of diffusers.
         image_size: default (height, width) in pixels.
         dtype: NumPy dtype of the weights; by default that of the variables.
+        upscaler: of a ×4 upscaler, (config of the low-resolution picture's scheduler, largest noise level).
     """
     folder = pathlib.Path(folder)
     factor = 2 ** (len(decoder.arguments["block_out_channels"]) - 1)
@@ -342,7 +357,17 @@ def write_folder(
     write_component(folder, "unet", diffusion_model_config(diffusion_model, side // factor), [diffusion_model], dtype)
     write_component(folder, "vae", autoencoder_config(decoder, side), [image_encoder, decoder], dtype)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(folder / "model_index.json", {**MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]})
+    index = {**MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
+    if upscaler:
+        low_res_scheduler, max_noise_level = upscaler
+        write_json(folder / "low_res_scheduler" / "scheduler_config.json", low_res_scheduler)
+        index = {key: value for key, value in index.items() if key not in NO_IMAGE_ENCODER} | {
+            "_class_name": "StableDiffusionUpscalePipeline",
+            "low_res_scheduler": ["diffusers", low_res_scheduler["_class_name"]],
+            "max_noise_level": max_noise_level,
+            "watermarker": [None, None],
+        }
+    write_json(folder / "model_index.json", index)
 
 
 def read_json(path):

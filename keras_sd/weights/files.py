@@ -36,6 +36,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": "bool",
 }
 TORCH_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
+WRAPPERS = ("state_dict", "params_ema", "params")  # what training frameworks put around a model, the best one first
 
 # Functions and types that torch itself restores tensors with.
 _TORCH_NAMES = re.compile(
@@ -58,7 +59,7 @@ def read_arrays(path):
 
     Args:
         path: a `.safetensors`, `.ckpt`, `.bin`, `.pt` or `.pth` file, or the `….index.json` of a sharded one. The
-            `state_dict` that training frameworks wrap around a model is unwrapped.
+            `state_dict` or `params` that training frameworks wrap around a model is unwrapped, averages preferred.
 
     Returns:
         Dict name -> array, in the file's order and data types (bfloat16 as `ml_dtypes.bfloat16`).
@@ -141,10 +142,12 @@ def _read_torch(path):
     except Exception as error:
         raise _damaged(path, error) from error
     extra = {}
-    while isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
+    while wrapper := isinstance(checkpoint, dict) and next(
+        (key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)), None
+    ):
         if isinstance(checkpoint.get("global_step"), int):
             extra["global_step"] = np.asarray(checkpoint["global_step"])  # tells the SD v2 checkpoints apart
-        checkpoint = checkpoint["state_dict"]
+        checkpoint = checkpoint[wrapper]
     tensors = checkpoint.items() if isinstance(checkpoint, dict) else ()
     arrays = {name: _to_numpy(torch, tensor) for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
     if not arrays:

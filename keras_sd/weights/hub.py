@@ -17,6 +17,7 @@ COMPONENTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae":
 SMALL_FILES = [
     "model_index.json",
     "scheduler/scheduler_config.json",
+    "low_res_scheduler/scheduler_config.json",
     "tokenizer/*",
     *(f"{component}/config.json" for component in COMPONENTS),
 ]
