@@ -224,7 +224,8 @@ def _floats(values):
     texts = tf.where(exact, short, tf.strings.as_string(values, precision=digits, shortest=True))
     size = np.abs(values)
     bare = (size < np.where(exact, 1e6, 10.0**digits)) & (np.rint(values) == values)
-    texts = tf.strings.join([texts, tf.where(bare, ".0", "")])
+    if bare.any():
+        texts = tf.strings.join([texts, tf.where(bare, ".0", "")])
     # TensorFlow's threads take denormal numbers for zero.
     special = np.flatnonzero(~np.isfinite(values) | ((size < np.finfo(values.dtype).tiny) & (size > 0)))
     if special.size:
