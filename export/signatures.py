@@ -157,6 +157,26 @@ class _Network:
         return self._function(inputs)
 
 
+class _Step(Denoiser):
+    """The denoising step for tables that only the request knows: rows without guidance run half of the batch."""
+
+    def _guided(self, inputs, latent, guidance):
+        if self.two_passes:
+            return super()._guided(inputs, latent, guidance)
+        if "extra" in inputs:
+            latent = tf.concat([latent, inputs["extra"]], axis=-1)
+        batch, timestep = tf.shape(latent)[0], inputs["row"][:, TIMESTEP]
+        guided = tf.where(tf.reduce_any(guidance != 1.0), batch, 0)
+        both = self._predict(
+            tf.concat([latent[:guided], latent], axis=0),
+            tf.concat([timestep[:guided], timestep], axis=0),
+            tf.concat([inputs["unconditional_context"][:guided], inputs["context"]], axis=0),
+        )
+        conditional = both[guided:]
+        unconditional = both[:batch]  # the conditional half itself where there is no other
+        return unconditional + guidance * (conditional - unconditional)
+
+
 class _Loop:
     """`denoise`: rows of sampler tables, each item with rows of its own, in a while loop around one compiled step."""
 
@@ -166,7 +186,7 @@ class _Loop:
         self.context = [sd.tokenizer.max_length, model.arguments["cross_attention_dim"]]
         self.extra = model.arguments["in_channels"] - self.latent[-1]
         self.max_rows = 2 * sd.scheduler[0].train_timesteps  # solvers with two evaluations a step
-        self.step = Denoiser(_Network(model, compiled), sd.two_pass_guidance)
+        self.step = _Step(_Network(model, compiled), sd.two_pass_guidance)
 
     def specs(self, text=False):
         """Inputs of `denoise`; with `text`, of its twin whose tensors are strings of float16."""
@@ -196,8 +216,6 @@ class _Loop:
 
     def run(self, latent, history, steps, seed, **fixed):
         shape = tf.shape(latent)[1:]
-        tensors = {**fixed}
-        unconditional_context = tensors.pop("unconditional_context")
 
         def fresh(row):
             level = tf.gather(row, [TIMESTEP, SIGMA], axis=1) * tf.constant(ROW_KEY_SCALE, tf.float32)
@@ -206,18 +224,8 @@ class _Loop:
         def body(i, latent, history):
             row = steps[:, i]
             noise = tf.cond(tf.reduce_any(row[:, NOISE] != 0), lambda: fresh(row), lambda: tf.zeros_like(latent))
-            inputs = {
-                **tensors,
-                "latent": latent,
-                "history": history,
-                "row": row,
-                "noise": tf.ensure_shape(noise, latent.shape),
-            }
-            after = tf.cond(
-                tf.reduce_any(row[:, GUIDANCE] != 1.0),
-                lambda: self.step.call({**inputs, "unconditional_context": unconditional_context}),
-                lambda: self.step.call(inputs),
-            )
+            noise = tf.ensure_shape(noise, latent.shape)
+            after = self.step.call({**fixed, "latent": latent, "history": history, "row": row, "noise": noise})
             idle = row[:, INPUT_SCALE, None, None, None] == 0.0
             latent = tf.where(idle, latent, after["latent"])
             return i + 1, latent, tf.where(idle[:, None], history, after["history"])
