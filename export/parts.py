@@ -47,8 +47,29 @@ class Part:
             values["tokens"] = np.arange(self.inputs["tokens"][0][1], dtype="int32")[None]
         return values
 
+    def trace(self):
+        """A TensorFlow graph without the weights, which converters would hold several times: they are inputs of it.
+
+        Returns:
+            Concrete function whose inputs are those of the part, then `weight_0`, `weight_1`, … (kernels and
+            embeddings; the small rest are constants), and the list of these weights, Keras variables.
+        """
+        import tensorflow as tf
+
+        weights = [variable for variable in self.model.variables if len(variable.shape) > 1]
+        names = list(self.inputs)
+
+        def function(*tensors):
+            with keras.StatelessScope(state_mapping=list(zip(weights, tensors[len(names) :]))):
+                return self.function(dict(zip(names, tensors)))
+
+        specs = [tf.TensorSpec(shape, dtype, name) for name, (shape, dtype) in self.inputs.items()]
+        specs += [tf.TensorSpec(weight.shape, weight.dtype, f"weight_{i}") for i, weight in enumerate(weights)]
+        return tf.function(function, autograph=False).get_concrete_function(*specs), weights
+
     def __call__(self, inputs):
         """Runs it in Keras: dict of arrays to dict of arrays."""
+        inputs = {name: ops.convert_to_tensor(value) for name, value in inputs.items()}
         return {name: np.asarray(value) for name, value in self.function(inputs).items()}
 
 
@@ -68,13 +89,15 @@ def parts(sd, height, width, batch_size=1):
         dict name → `Part`.
 
     Raises:
-        ValueError: the size is no multiple of what the autoencoder halves, or a model is not float32.
+        ValueError: the size is no multiple of what the autoencoder halves, a model is not float32, or the backend is
+            not TensorFlow.
     """
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(f"Files are written on the TensorFlow backend; this is {keras.backend.backend()}.")
     for model in (sd.text_encoder, sd.diffusion_model, sd.decoder):
-        if model.dtype_policy.name != "float32":
-            raise ValueError(
-                f"dtype of the {model.name} is {model.dtype_policy.name}; this format starts from float32."
-            )
+        policies = {layer.dtype_policy.name for layer in model.layers if layer.weights} - {"float32"}
+        if policies:
+            raise ValueError(f"dtype of the {model.name} is {', '.join(policies)}; this format starts from float32.")
     shape = sd.latent_shape(height, width)
     length, width = (sd.text_encoder.arguments[key] for key in ("max_position_embeddings", "hidden_size"))
     extra = sd.diffusion_model.arguments["in_channels"] - shape[-1]
