@@ -11,6 +11,8 @@ _HOME = {
     "ImageEncoder": "models",
     "DiffusionModel": "models",
     "Decoder": "models",
+    "RRDBNet": "models",
+    "read_rrdbnet": "weights.rrdbnet",
     "Denoiser": "denoiser",
     "NoiseScheduler": "noise_scheduler",
     "SamplerTable": "samplers",

@@ -6,12 +6,15 @@ import secrets
 
 import keras
 import numpy as np
+from PIL import Image
 
 from keras_sd.denoiser import Denoiser
 from keras_sd.images import fit, read_image, to_model
 from keras_sd.noise import initial_noise, row_noise
 from keras_sd.samplers import SamplerTable, make_table
 from keras_sd.scheduler_config import read_scheduler_config
+from keras_sd.super_resolution import enlarge
+from keras_sd.weights.rrdbnet import read_rrdbnet
 
 
 class StableDiffusion:
@@ -102,7 +105,8 @@ class StableDiffusion:
     @functools.cached_property
     def scheduler(self):
         """(NoiseScheduler, sampler name, sampler options) of the preset."""
-        return read_scheduler_config(self.checkpoint.scheduler())
+        # diffusers corrects old configs where it opens Stable Diffusion, but not for its upscaler.
+        return read_scheduler_config(self.checkpoint.scheduler(), pipeline=self.checkpoint.upscaler() is None)
 
     @functools.cached_property
     def image_size(self):
@@ -151,6 +155,7 @@ class StableDiffusion:
             self.checkpoint.scheduler(),
             self.image_size,
             dtype,
+            self.checkpoint.upscaler(),
         )
 
     # === Text to image ===
@@ -218,6 +223,8 @@ class StableDiffusion:
         noise=None,
         callback=None,
         progress=True,
+        hires=None,
+        hires_strength=0.7,
         **sampler_options,
     ):
         """Draws pictures from an encoded prompt.
@@ -236,6 +243,9 @@ class StableDiffusion:
             noise: function row → unit noise (batch_size, h, w, 4) for stochastic samplers; by default from `seed`.
             callback: function (step, num_steps, latent), called after every step; the run stops where it returns False.
             progress: show a progress bar.
+            hires: factor above 1 by which the latent is enlarged and then changed again before it is decoded ("hires
+                fix"): from noise alone a model draws sizes badly that it was not trained at.
+            hires_strength: how much the second pass changes, in (0, 1]; below 0.5 the enlarged latent stays blurred.
             **sampler_options: of `keras_sd.make_table`, e.g. `karras=True`, `eta=0.5`, `guidance_interval=(0, 0.8)`.
 
         Returns:
@@ -245,6 +255,13 @@ class StableDiffusion:
             ValueError, TypeError: an argument is out of its range; the message names it and says what would do.
         """
         shape = self.latent_shape(height, width)
+        second_pass = None
+        if hires is not None:
+            if diffusion_noise is not None or noise is not None or isinstance(sampler, SamplerTable):
+                raise ValueError("hires draws at two sizes: it takes a seed and a sampler's name, no noise, no table.")
+            options = {**sampler_options, "strength": hires_strength}
+            table = self._table(sampler, num_steps, unconditional_guidance_scale, options)
+            second_pass = _check_scale("hires", hires), table
         return self._draw(
             encoded_text,
             negative_prompt,
@@ -256,6 +273,7 @@ class StableDiffusion:
             noise=noise,
             callback=callback,
             progress=progress,
+            second_pass=second_pass,
         )
 
     # === Image to image ===
@@ -278,6 +296,7 @@ class StableDiffusion:
         noise=None,
         callback=None,
         progress=True,
+        latent_scale=None,
         **sampler_options,
     ):
         """Changes a picture.
@@ -289,6 +308,7 @@ class StableDiffusion:
             prompt: what to draw: a string, or a list with one string per picture.
             strength: how much to change, in [0, 1]: the last part of the steps that is run. 0 gives the picture back
                 as the autoencoder has it.
+            latent_scale: factor above 1 by which the picture's latent is enlarged first; see `upscale`.
             Others: as in `generate_image`.
 
         Returns:
@@ -296,6 +316,8 @@ class StableDiffusion:
         """
         picture = self._fitted(image, height, width)
         known = self.encode(picture)
+        if latent_scale is not None:
+            known = _resized(known, _check_scale("latent_scale", latent_scale))
         if _check_strength(strength) == 0:
             return np.repeat(self.decode(known), _expand(self.encode_text(prompt), batch_size)[1], axis=0)
         options = {**sampler_options, "strength": strength}
@@ -381,6 +403,127 @@ class StableDiffusion:
         )
         return np.where(mask[..., None], drawn, np.asarray(picture))
 
+    # === Enlarging ===
+
+    def upscale(
+        self,
+        image,
+        prompt=None,
+        scale=None,
+        model=None,
+        *,
+        strength=None,
+        noise_level=None,
+        image_noise=None,
+        tile=192,
+        **kwargs,
+    ):
+        """Enlarges a picture, in one of four ways.
+
+        | given | what happens |
+        |---|---|
+        | `prompt` | the picture's latent is enlarged and then changed as by `image_to_image` |
+        | `model` | a super-resolution network enlarges the picture; nothing of the preset is loaded |
+        | `model`, `prompt` | the network's picture is changed as by `image_to_image` |
+        | a preset that is a ×4 upscaler | it draws the large picture, looking at the small one with noise over it |
+
+        Args:
+            image: path, PIL image or array (H, W, 3), uint8 0 … 255 or float 0 … 1.
+            prompt: what the picture shows: a string, or a list with one string per picture. A ×4 upscaler does without.
+            scale: how many times as high and as wide, above 1. By default 2 for a latent; networks and ×4 upscalers
+                have their own, and their pictures are resized (Lanczos) for another.
+            model: `.pth` or `.safetensors` file of Real-ESRGAN or ESRGAN, or a `keras_sd.RRDBNet`.
+            strength: how much to change after enlarging, in [0, 1]. By default 0.7 for a latent, which stays blurred
+                below 0.5, and 0.35 for a network's picture.
+            noise_level: for a ×4 upscaler, how much noise lies over the small picture: an integer from 0 (the result is
+                closest to it) to the model's largest, usually 350. By default 20.
+            image_noise: that noise, (H, W, 3) or (batch_size, H, W, 3), instead of one from `seed`.
+            tile: side in pixels of the tiles that a network works on.
+            **kwargs: `negative_prompt`, `batch_size`, `num_steps`, `seed`, `sampler` and so on, as in `image_to_image`.
+
+        Returns:
+            uint8 (batch_size, scale · H, scale · W, 3); with a latent, H and W are rounded down as in `image_to_image`.
+
+        Raises:
+            ValueError, TypeError: an argument is out of its range, or is not for the chosen way.
+
+        Reference: Rombach et al. (2022), arXiv 2112.10752, section 4.4 (upscaler); `keras_sd.RRDBNet` (network).
+        """
+        image = read_image(image)
+        scale = None if scale is None else _check_scale("scale", scale)
+        upscaler = None if model is not None and prompt is None else self.checkpoint.upscaler()
+        if upscaler is not None and (model is not None or strength is not None):
+            raise ValueError("This preset is a ×4 upscaler, which takes no model and no strength, but a noise_level.")
+        if upscaler is None and (noise_level is not None or image_noise is not None):
+            raise ValueError("noise_level and image_noise are for presets that are a ×4 upscaler; this one is not.")
+        if upscaler is not None:
+            noise_level = 20 if noise_level is None else noise_level
+            prompt = "" if prompt is None else prompt
+            pictures = self._draw_beside(image, prompt, upscaler, noise_level, image_noise, **kwargs)
+            return _scaled(pictures, image, scale)
+        if model is None:
+            if prompt is None:
+                raise ValueError("upscale needs a prompt that says what the picture shows, or a model (RRDBNet).")
+            return self.image_to_image(
+                image, prompt, 0.7 if strength is None else strength, latent_scale=scale or 2, **kwargs
+            )
+        if prompt is None and (kwargs or strength is not None):
+            names = ", ".join([*kwargs, *([] if strength is None else ["strength"])])
+            raise ValueError(f"upscale uses {names} only with a prompt; a model alone just enlarges.")
+        network = model if isinstance(model, keras.Model) else self._compiled(read_rrdbnet(model, self.dtype))
+        pictures = _scaled(enlarge(image, network, tile)[None], image, scale)
+        if prompt is None:
+            return pictures
+        return self.image_to_image(pictures[0], prompt, 0.35 if strength is None else strength, **kwargs)
+
+    def _draw_beside(
+        self,
+        image,
+        prompt,
+        upscaler,
+        noise_level,
+        image_noise=None,
+        negative_prompt=None,
+        batch_size=1,
+        num_steps=50,
+        unconditional_guidance_scale=7.5,
+        diffusion_noise=None,
+        seed=None,
+        *,
+        sampler=None,
+        noise=None,
+        callback=None,
+        progress=True,
+        **sampler_options,
+    ):
+        """Draws with a ×4 upscaler: its network sees the noised small picture beside the latent of the same size."""
+        config, most = upscaler
+        if _check_integer("noise_level", noise_level, 0) > most:
+            raise ValueError(f"noise_level must be at most {most} for this model; got {noise_level}.")
+        encoded_text, batch_size = _expand(self.encode_text(prompt), batch_size)
+        small = np.repeat(to_model(image), batch_size, axis=0)
+        if image_noise is None:
+            own_seed = secrets.randbits(31) if seed is None else _check_integer("seed", seed, 0)
+            seed = own_seed if diffusion_noise is None else seed
+            generators = (np.random.default_rng((own_seed + i, 1)) for i in range(batch_size))
+            image_noise = np.stack([g.standard_normal(small.shape[1:], dtype="float32") for g in generators])
+        else:
+            image_noise = _check_noise(image_noise, small.shape, "image_noise")
+        return self._draw(
+            encoded_text,
+            negative_prompt,
+            batch_size,
+            self._table(sampler, num_steps, unconditional_guidance_scale, sampler_options),
+            (image.height, image.width, self.decoder.arguments["latent_channels"]),
+            diffusion_noise=diffusion_noise,
+            seed=seed,
+            noise=noise,
+            callback=callback,
+            progress=progress,
+            extra=read_scheduler_config(config)[0].add_noise(small, image_noise, noise_level),
+            class_label=np.full(batch_size, noise_level, "int32"),
+        )
+
     # === Latents ===
 
     def encode(self, image):
@@ -413,7 +556,30 @@ class StableDiffusion:
 
     # === Inside ===
 
-    def _draw(
+    def _draw(self, *arguments, seed, callback, second_pass=None, **kwargs):
+        """The denoising loop and the decoder: everything that draws a picture ends here.
+
+        `second_pass` is a (scale, table): the latent is enlarged and denoised once more. Others: as in `_denoised`.
+        """
+        if second_pass is None:
+            return self.decode(self._denoised(*arguments, seed=seed, callback=callback, **kwargs))
+        seed = secrets.randbits(31) if seed is None else seed
+        stopped = False
+
+        def watch(*args):
+            nonlocal stopped
+            stopped = callback is not None and callback(*args) is False
+            return not stopped
+
+        latent = self._denoised(*arguments, seed=seed, callback=watch, **kwargs)
+        if not stopped:
+            scale, table = second_pass
+            known = _resized(latent, scale)
+            arguments = *arguments[:3], table, known.shape[1:]
+            latent = self._denoised(*arguments, seed=seed, callback=callback, known=known, **kwargs)
+        return self.decode(latent)
+
+    def _denoised(
         self,
         encoded_text,
         negative_prompt,
@@ -428,12 +594,14 @@ class StableDiffusion:
         progress,
         known=None,
         extra=None,
+        class_label=None,
         keep=None,
     ):
-        """Noise, the denoising loop and the decoder: everything that draws a picture ends here.
+        """Noise and the denoising loop; returns the latent.
 
-        `known` (1, h, w, C) is the latent to start from, `keep` a (latent, mask) to blend in where the mask is 0.
+        `known` (1 or B, h, w, C) is the latent to start from, `keep` a (latent, mask) to blend in where the mask is 0.
         """
+        self._check_channels(shape[-1] + (0 if extra is None else extra.shape[-1]))
         context, batch_size = _expand(encoded_text, batch_size)
         if diffusion_noise is not None and seed is not None:
             raise ValueError("diffusion_noise and seed exclude each other: seed makes the noise; give one of them.")
@@ -450,18 +618,25 @@ class StableDiffusion:
             signal, sigma = table.levels[row + 1]
             return keep[1] * latent + (1.0 - keep[1]) * (signal * keep[0] + sigma * start)
 
-        latent = self.denoiser.denoise(
+        return self.denoiser.denoise(
             latent,
             context,
             self._unconditional_context(negative_prompt, batch_size),
             table,
             noise=noise or row_noise(seed, batch_size, shape, table),
-            extra=None if extra is None else np.repeat(extra, batch_size, axis=0),
+            extra=None if extra is None else np.repeat(extra, batch_size // len(extra), axis=0),
+            class_label=class_label,
             blend=None if keep is None else blend,
             callback=callback,
             progress=progress,
         )
-        return self.decode(latent)
+
+    def _check_channels(self, channels):
+        """Raises where the network is made for other pictures to look at than it gets."""
+        needed = self.diffusion_model.arguments["in_channels"]
+        if channels != needed:
+            purpose = "enlarging: use upscale" if self.checkpoint.upscaler() else "repainting: use inpaint"
+            raise ValueError(f"This preset's network takes {needed} channels, not {channels}: it is for {purpose}.")
 
     def _fitted(self, image, height, width):
         if height is not None or width is not None:
@@ -494,12 +669,33 @@ def _expand(encoded_text, batch_size):
     return np.repeat(context, batch_size // len(context), axis=0), batch_size
 
 
-def _check_noise(diffusion_noise, shape):
-    noise = np.asarray(diffusion_noise, "float32")
+def _check_noise(noise, shape, name="diffusion_noise"):
+    given = np.shape(noise)
+    noise = np.asarray(noise, "float32")
     noise = noise[None] if noise.ndim == 3 else noise
     if noise.shape[1:] != shape[1:] or len(noise) not in (1, shape[0]):
-        raise ValueError(f"diffusion_noise must have shape {shape} or {shape[1:]}; got {np.shape(diffusion_noise)}.")
+        raise ValueError(f"{name} must have shape {shape} or {shape[1:]}; got {given}.")
     return np.repeat(noise, shape[0] // len(noise), axis=0)
+
+
+def _resized(latent, scale):
+    """Enlarges latents (B, h, w, C), bilinear: nearest neighbours would show as squares, Lanczos as rings."""
+    size = tuple(round(scale * side) for side in latent.shape[1:3])
+    return np.asarray(keras.ops.convert_to_numpy(keras.ops.image.resize(latent, size, interpolation="bilinear")))
+
+
+def _scaled(pictures, image, scale):
+    """Pictures of a network (B, H, W, 3) at another scale of the PIL image that they are of; None leaves them."""
+    size = pictures.shape[2:0:-1] if scale is None else (round(scale * image.width), round(scale * image.height))
+    if size == pictures.shape[2:0:-1]:
+        return pictures
+    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.LANCZOS)) for p in pictures])
+
+
+def _check_scale(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 1 < value < float("inf"):
+        raise ValueError(f"{name} must be a number above 1; got {value!r}.")
+    return value
 
 
 def _check_strength(strength):

@@ -65,6 +65,39 @@ CHECKPOINTS = {
         ),
         "pad_token": "!",
     },
+    # stabilityai/stable-diffusion-x4-upscaler, narrow and with one block per level
+    "upscaler": {
+        "text": {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "hidden_act": "gelu",
+        },
+        "unet": {
+            "in_channels": 7,
+            "block_out_channels": (32, 64, 64, 128),
+            "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
+            "only_cross_attention": (True, True, True, False),
+            "num_class_embeds": 1000,
+            "layers_per_block": 1,
+            "attention_head_dim": 8,
+            "use_linear_projection": True,
+            "sample_size": 16,
+        },
+        "vae": {"block_out_channels": (32, 32, 64), "layers_per_block": 1, "scaling_factor": 0.08333},
+        "scheduler": diffusers.DDIMScheduler(
+            beta_start=0.0001,
+            beta_end=0.02,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type="v_prediction",
+        ),
+        "low_res_scheduler": diffusers.DDPMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear"),
+        "pad_token": "!",
+    },
 }
 
 
@@ -99,13 +132,17 @@ def write_checkpoint(name, folder):
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-    pipeline = diffusers.StableDiffusionPipeline(
+    parts = {
         **models,
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        scheduler=recipe["scheduler"],
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        "tokenizer": transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "scheduler": recipe["scheduler"],
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    if "low_res_scheduler" in recipe:
+        parts["low_res_scheduler"] = recipe["low_res_scheduler"]
+        pipeline = diffusers.StableDiffusionUpscalePipeline(**parts)
+    else:
+        pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipeline.save_pretrained(folder)
     return folder
