@@ -25,8 +25,8 @@ class Denoiser(keras.Model):
 
     Call arguments:
         dict with `latent` (B, h, w, C), `history` (B, 5, h, w, C) (the remembered outputs, newest first; zeros at the
-        start), `context` (B, 77, width), `row` (B, columns) in the order of `keras_sd.samplers.COLUMNS`, and where
-        needed `unconditional_context` (B, 77, width) (without it there is one pass and no guidance), `noise`
+        start), `context` (B, N, width), `row` (B, columns) in the order of `keras_sd.samplers.COLUMNS`, and where
+        needed `unconditional_context` (B, N, width) (without it there is one pass and no guidance), `noise`
         (B, h, w, C) (only for rows that add noise), `extra` (B, h, w, E) (channels that the network sees beside
         the latent, as inpainting models do) and `class_label` int32 (B,) (for networks that have classes).
 
@@ -41,7 +41,7 @@ class Denoiser(keras.Model):
         super().__init__(**kwargs)
         self.diffusion_model = diffusion_model
         self.two_passes = two_passes
-        self._functions = {}  # shape of the latent → compiled step
+        self._functions = {}  # shape of the latent, length of the context → compiled step
         self.compile(jit_compile=keras.backend.backend() == "jax" if jit_compile is None else jit_compile)
 
     def call(self, inputs):
@@ -87,7 +87,7 @@ class Denoiser(keras.Model):
 
     def _step(self, inputs):
         # One function per shape: TensorFlow would generalise a second shape to unknown sizes, which cannot be chunked.
-        shape = inputs["latent"].shape
+        shape = (*inputs["latent"].shape, inputs["context"].shape[1])
         self.predict_function = self._functions.get(shape)
         outputs = self.predict_on_batch(inputs)
         self._functions[shape] = self.predict_function
@@ -104,20 +104,24 @@ class Denoiser(keras.Model):
         class_label=None,
         blend=None,
         callback=None,
+        estimate=None,
         progress=True,
     ):
         """Runs a table from its first row to its last.
 
         Args:
             latent: float32 (B, h, w, C), e.g. `table.init_noise_scale * initial_noise(…)`.
-            context: (B, 77, width).
-            unconditional_context: (B, 77, width); unused, and the network runs once, in rows whose guidance is 1.
+            context: (B, N, width), N being 77 for each chunk of the prompt; or a function row → such an array.
+            unconditional_context: the same, of the same N; unused, and the network runs once, in rows whose guidance
+                is 1.
             table: a `SamplerTable`.
             noise: function row → (B, h, w, C), the fresh noise of stochastic samplers; see `keras_sd.noise.row_noise`.
             extra: (B, h, w, E), further channels at the network's input.
             class_label: int32 (B,), only for networks that have classes.
             blend: function (row, latent) → latent, applied after every row (inpainting keeps what is known with it).
             callback: function (row, rows, latent), called after every row. The run stops where it returns False.
+            estimate: function (row, latent before it, output remembered in it) → the clean latent that the network
+                sees coming, (B, h, w, C). The callback finds it as `latent.clean`, and a stopped run returns it.
             progress: show a progress bar.
 
         Returns:
@@ -131,12 +135,13 @@ class Denoiser(keras.Model):
         latent = np.asarray(latent, "float32")
         batch_size, rows = latent.shape[0], table.rows
         state = {"latent": latent, "history": np.zeros((batch_size, HISTORY, *latent.shape[1:]), "float32")}
-        fixed = {"context": context, "extra": extra, "class_label": class_label}
+        fixed = {"extra": extra, "class_label": class_label}
         fixed = {key: value for key, value in fixed.items() if value is not None}
         for i in tqdm(range(len(table)), disable=not progress, leave=False):
             inputs = {**state, **fixed, "row": np.repeat(rows[i : i + 1], batch_size, axis=0)}
+            inputs["context"] = _at_row(context, i)
             if table.guidance[i] != 1.0:
-                inputs["unconditional_context"] = unconditional_context
+                inputs["unconditional_context"] = _at_row(unconditional_context, i)
             if table.noise[i]:
                 inputs["noise"] = np.asarray(noise(i), "float32")
             state = {key: np.asarray(value) for key, value in self._step(inputs).items()}
@@ -147,6 +152,19 @@ class Denoiser(keras.Model):
                     f"The latent is not finite after row {i + 1} of {len(table)} (timestep {table.timestep[i]:g}): "
                     "the weights are damaged or the dtype is too narrow; try dtype='float32'."
                 )
-            if callback is not None and callback(i, len(table), state["latent"]) is False:
-                break
+            if callback is not None:
+                latent = state["latent"].view(_Latent)
+                if estimate is not None:
+                    clean = estimate(i, inputs["latent"], state["history"][:, 0])
+                    latent.clean = clean if blend is None else blend(len(table) - 1, clean)
+                if callback(i, len(table), latent) is False:
+                    return getattr(latent, "clean", state["latent"])
         return state["latent"]
+
+
+class _Latent(np.ndarray):
+    """An array that may have the attribute `clean`."""
+
+
+def _at_row(context, row):
+    return context(row) if callable(context) else context
