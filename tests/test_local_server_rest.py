@@ -211,6 +211,7 @@ def test_metadata(port):
         ("GET", f"/v1/models/odd/versions/{'9' * 5000}", None, 400, "Failed to convert version"),
         ("GET", "/v1/models/odd/versions/9", None, 404, "Could not find version 9 of model odd"),
         ("GET", "/v1/models/odd/versions/0", None, 404, "Could not find version 0 of model odd"),
+        ("GET", f"/v1/models/{'a' * 500_000}", None, 404, "Could not find any versions of model aaa"),
         ("GET", "/v1/models/nobody", None, 404, "Could not find any versions of model nobody"),
         ("GET", "/v1/models/odd?x=1", None, 404, "Could not find any versions of model odd?x=1"),
         ("GET", "/v1/models/%FF", None, 404, "Could not find any versions"),

@@ -137,7 +137,8 @@ class _Server:
             response = _json(rest_json.error_body(f"Malformed request body: {error}"), 400)
             response.force_close()
             return response
-        target = _ORIGIN.sub("", request.raw_path, count=1) or "/"
+        origin = _ORIGIN.match(request.raw_path)
+        target = request.raw_path[origin.end() if origin else 0 :]
         if self._monitoring_path and re.split("[?#]", target)[0] == self._monitoring_path:
             return self._metrics(target)
         if not _API.fullmatch(target):
