@@ -23,8 +23,9 @@ venv: .venv/installed
 	$(BIN)/pip install --quiet -r tests/requirements.txt
 	touch $@
 
-demo: venv  ## a contact sheet of pictures drawn from text by the embedded model
+demo: venv  ## pictures drawn from text by the embedded model, and one through a server
 	$(BIN)/python -m keras_sd.demo --out out/demo.png
+	$(BIN)/python -m serving.demo --out out
 
 test: .venv/tests-installed
 	$(BIN)/python -m pytest
