@@ -62,10 +62,11 @@ class GraphTokenizer(tf.Module):
         self._byte_symbols = [number[BYTE_SYMBOLS[byte]] for byte in range(256)]
         self._end_symbols = [number[BYTE_SYMBOLS[byte] + WORD_END] for byte in range(256)]
         self._ids = [tokenizer.vocabulary.get(symbol, self._end_id) for symbol in symbols]
-        self._merged, self._count = [number[symbol] for symbol in merged], len(symbols)
+        self._merged, self._count = [*(number[symbol] for symbol in merged), -1], len(symbols)
         self._unmerged = len(merged)  # the rank of a pair that no merge joins
         pairs = [number[left] * self._count + number[right] for left, right in ranks]
-        self._ranks = _table(pairs, [*ranks.values()], default=self._unmerged)
+        # a pair that no text has keeps the table of a tokenizer without merges from being empty
+        self._ranks = _table([-1, *pairs], [self._unmerged, *ranks.values()], default=self._unmerged)
         self._longest = max(map(len, symbols))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="prompts")], autograph=False)
@@ -129,7 +130,7 @@ class GraphTokenizer(tf.Module):
             starts = tf.concat([[0], tf.where(first)[:, 0]], axis=0)
             offset = tf.range(tf.size(ranks, tf.int64)) - tf.gather(starts, tf.cumsum(tf.cast(first, tf.int32)))
             joined &= offset % 2 == 0
-            symbols = tf.where(joined, tf.gather(self._merged, tf.minimum(ranks, self._unmerged - 1)), symbols)
+            symbols = tf.where(joined, tf.gather(self._merged, ranks), symbols)
             kept = tf.concat([[True], tf.logical_not(joined[:-1])], axis=0)
             symbols, word, ranks, joined = (tf.boolean_mask(x, kept) for x in (symbols, word, ranks, joined))
             changed = tf.where(joined[:-1] | joined[1:])

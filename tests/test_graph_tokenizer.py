@@ -122,6 +122,11 @@ def test_unknown_symbols_are_the_end_token():
     assert_equal(GraphTokenizer(tokenizer), tokenizer, ["low lx", "lollo", "o", "東京"])
 
 
+def test_bytes_alone():
+    tokenizer = CLIPTokenizer([])
+    assert_equal(GraphTokenizer(tokenizer), tokenizer, ["a", "", "red apple", "東京!"])
+
+
 @pytest.mark.parametrize("batch", [[], [""], [" \n"], ["", "red", ""]])
 def test_empty_prompts(graph, emoji, batch):
     tokens, truncated = graph(tf.constant(batch, tf.string))
