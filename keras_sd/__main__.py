@@ -68,8 +68,6 @@ def build_parser():
         help="noise that ddim and tcd add, 0 … 1; chooses ddim where --sampler does not choose",
     )
     draw.add_argument("--scale", type=float, default=7.5, help="guidance scale (default 7.5; 1 is no guidance)")
-    draw.add_argument("--H", "--height", dest="height", type=number(int, 1), help="height in pixels")
-    draw.add_argument("--W", "--width", dest="width", type=number(int, 1), help="width in pixels")
     draw.add_argument("--seed", type=number(int, 0), help="seed of the first picture (default: a random one)")
     draw.add_argument("--n_samples", "--n-samples", type=number(int, 1), default=1, help="pictures at once (default 1)")
     draw.add_argument("--n_iter", "--n-iter", type=number(int, 1), default=1, help="how often (default 1)")
@@ -77,6 +75,10 @@ def build_parser():
     target.add_argument("--out", help="PNG to write (default out.png); several become out-0.png, out-1.png, …")
     target.add_argument("--outdir", help="folder for numbered PNGs; no file in it is overwritten")
     draw.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    size = argparse.ArgumentParser(add_help=False)
+    size.add_argument("--H", "--height", dest="height", type=number(int, 1), help="height in pixels")
+    size.add_argument("--W", "--width", dest="width", type=number(int, 1), help="width in pixels")
 
     start = argparse.ArgumentParser(add_help=False)
     start.add_argument("--init-img", "--init_img", required=True, help="picture to start from")
@@ -89,10 +91,29 @@ def build_parser():
             command.add_argument("--strength", type=number(float, 0, 1), default=strength, help=text)
         return command
 
-    drawing("txt2img", [draw], "text_to_image", None, help="draw pictures from text")
-    drawing("img2img", [draw, start], "image_to_image", 0.8, help="change a picture")
-    inpaint = drawing("inpaint", [draw, start], "inpaint", 1.0, help="repaint a part of a picture")
+    txt2img = drawing("txt2img", [draw, size], "text_to_image", None, help="draw pictures from text")
+    txt2img.add_argument("--hires", type=number(float, 1), help="enlarge the latent so many times and draw on")
+    txt2img.add_argument(
+        "--hires-strength", type=number(float, 0, 1), help="how much to change then (default 0.7); alone: --hires 2"
+    )
+    drawing("img2img", [draw, size, start], "image_to_image", 0.8, help="change a picture")
+    inpaint = drawing("inpaint", [draw, size, start], "inpaint", 1.0, help="repaint a part of a picture")
     inpaint.add_argument("--mask", required=True, help="picture that is white where to repaint")
+
+    picture = argparse.ArgumentParser(add_help=False)
+    picture.add_argument("init_img", metavar="picture", help="picture to enlarge")
+    upscale = drawing("upscale", [picture, draw], "upscale", None, help="enlarge a picture")
+    upscale.add_argument("--model", help="super-resolution network: .pth or .safetensors of Real-ESRGAN or ESRGAN")
+    upscale.add_argument(
+        "--outscale", "-s", type=number(float, 1), help="how many times as large (default: the model's, else 2)"
+    )
+    upscale.add_argument(
+        "--strength", type=number(float, 0, 1), help="how much to change after enlarging, 0 … 1 (default 0.7, or 0.35)"
+    )
+    upscale.add_argument(
+        "--noise_level", "--noise-level", type=number(int, 0), help="for a preset that is a ×4 upscaler (default 20)"
+    )
+    upscale.add_argument("--tile", type=number(int, 64), default=192, help="side of the network's tiles (default 192)")
 
     presets = commands.add_parser("presets", help="list the built-in presets")
     presets.set_defaults(run=list_presets)
@@ -133,14 +154,14 @@ def sentence(error):
     return " ".join(text.split())
 
 
-# === txt2img, img2img, inpaint ===
+# === txt2img, img2img, inpaint, upscale ===
 
 
 def draw_pictures(args):
     """Draws and writes pictures; what can be wrong is said before anything is downloaded, loaded or drawn."""
     import secrets
 
-    if (args.prompt is None) == (args.prompt_option is None):
+    if (args.prompt is None) == (args.prompt_option is None) and (args.prompt is not None or args.method != "upscale"):
         args.usage_error("give one prompt, as an argument or with --prompt")
     prompt = args.prompt if args.prompt is not None else args.prompt_option
     sampler = "ddim" if args.sampler is None and args.ddim_eta is not None else args.sampler
@@ -149,7 +170,14 @@ def draw_pictures(args):
     check_sampler(args, sampler, options)
     check_output(args)
     pictures = open_pictures(args)
-    options |= {"strength": args.strength} if pictures else {}
+    if getattr(args, "model", None) is not None and not pathlib.Path(args.model).is_file():
+        raise FileNotFoundError(f"--model: there is no file {args.model!r}.")
+    if args.method == "upscale" and prompt is None and args.model is not None:
+        return enlarge_picture(args, *pictures)
+    if args.method == "text_to_image" and (args.hires, args.hires_strength) != (None, None):
+        args.hires = 2.0 if args.hires is None else args.hires
+        args.hires_strength = 0.7 if args.hires_strength is None else args.hires_strength
+    options |= method_options(args)
 
     sd = open_model(args.ckpt or args.preset, args)
     seed = secrets.randbits(31) if args.seed is None else args.seed
@@ -163,14 +191,40 @@ def draw_pictures(args):
             unconditional_guidance_scale=args.scale,
             seed=seed + first,
             sampler=sampler,
-            height=args.height,
-            width=args.width,
             progress=not args.quiet and sys.stderr.isatty(),
             **options,
         )
         for i, image in enumerate(images, start=first):
-            path = write_picture(args, i, image, prompt, described(args, sd, sampler, seed + i, image))
+            path = write_picture(args, i, image, prompt or "", described(args, sd, sampler, seed + i, image))
             print(f"{path}: seed {seed + i}", flush=True)
+
+
+def enlarge_picture(args, picture):
+    """upscale with a network alone: one picture, no preset."""
+    from keras_sd import __version__
+
+    if args.n_samples * args.n_iter > 1 or args.strength is not None or args.noise_level is not None:
+        args.usage_error("--n_samples, --n_iter, --strength and --noise_level need a prompt; --model alone enlarges")
+    start_backend()
+    from keras_sd.stable_diffusion import StableDiffusion
+
+    image = StableDiffusion(dtype=args.dtype).upscale(picture, scale=args.outscale, model=args.model, tile=args.tile)[0]
+    parameters = {
+        "Size": f"{image.shape[1]}x{image.shape[0]}",
+        "Postprocess_upscale_by": f"{image.shape[1] / picture.width:g}",
+        "Postprocess_upscaler": pathlib.Path(args.model).stem,
+        "Version": f"keras_sd {__version__}",
+    }
+    print(write_picture(args, 0, image, "", parameters), flush=True)
+
+
+def method_options(args):
+    """What a command has that the others have not, as arguments of its method; those not given are left out."""
+    names = "height", "width", "strength", "hires", "hires_strength", "noise_level"
+    options = {name: getattr(args, name, None) for name in names}
+    if args.method == "upscale":
+        options |= {"scale": args.outscale, "model": args.model, "tile": args.tile}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def check_sampler(args, sampler, options):
@@ -201,8 +255,9 @@ def open_pictures(args):
     """The pictures that the command starts from: the image, and the mask."""
     from keras_sd.images import read_image
 
-    names = {"image_to_image": ("init_img",), "inpaint": ("init_img", "mask")}.get(args.method, ())
-    return [read_image(getattr(args, name), f"--{name.replace('_', '-')}") for name in names]
+    names = {"image_to_image": ("--init-img",), "inpaint": ("--init-img", "--mask"), "upscale": ("picture",)}
+    attributes = {"--init-img": "init_img", "--mask": "mask", "picture": "init_img"}
+    return [read_image(getattr(args, attributes[name]), name) for name in names.get(args.method, ())]
 
 
 def output_path(args, i):
@@ -250,6 +305,7 @@ def described(args, sd, sampler, seed, image):
     name = sampler or own_sampler
     karras = args.karras or (sampler is None and own_options.get("karras"))
     model = pathlib.Path(args.ckpt or args.preset)
+    hires = getattr(args, "hires", None)
     return {
         "Steps": args.steps,
         "Sampler": SAMPLER_NAMES.get(name, name.upper()),
@@ -258,7 +314,11 @@ def described(args, sd, sampler, seed, image):
         "Seed": seed,
         "Size": f"{image.shape[1]}x{image.shape[0]}",
         "Model": model.stem if model.suffix in (".ckpt", ".safetensors") else model.name,
-        "Denoising_strength": getattr(args, "strength", None),
+        "Denoising_strength": getattr(args, "hires_strength" if hires else "strength", None),
+        "Hires_upscale": f"{hires:g}" if hires else None,
+        "Hires_upscaler": "Latent" if hires else None,
+        "Upscaler": pathlib.Path(args.model).stem if getattr(args, "model", None) else None,
+        "Noise_level": getattr(args, "noise_level", None),
         "Eta": args.ddim_eta,
         "Version": f"keras_sd {__version__}",
     }

@@ -15,7 +15,7 @@ from keras_sd.png import read_parameters
 from keras_sd.presets import Preset
 
 DRAW = ["txt2img", "an apple", "--steps", "2"]
-DRAWING = ("txt2img", "img2img", "inpaint")
+DRAWING = ("txt2img", "img2img", "inpaint", "upscale")
 PATH = {"PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
 
 
@@ -92,8 +92,15 @@ VALUES = {
     "--init-img": "b.png",
     "--mask": "a.png",
     "--strength": "0.25",
+    "--hires": "1.5",
+    "--hires-strength": "0.5",
+    "--outscale": "1.5",
+    "--model": "a.png",
+    "--noise_level": "30",
+    "--tile": "128",
 }
 REQUIRED = {"txt2img": {}, "img2img": {"--init-img": "a.png"}, "inpaint": {"--init-img": "a.png", "--mask": "b.png"}}
+REQUIRED["upscale"] = {}
 
 
 def options_of(command):
@@ -116,6 +123,7 @@ def test_every_flag_is_consumed(command, recorder, capsys, monkeypatch):
     def effect(flags):
         recorder.clear()
         prompt = [] if "--prompt" in flags else ["an apple"]
+        prompt = ["a.png", *prompt] if command == "upscale" else prompt
         flags = [x for pair in (REQUIRED[command] | flags).items() for x in pair if x is not None]
         out = run(command, *prompt, *flags, capsys=capsys)
         shutil.rmtree("folder", ignore_errors=True)

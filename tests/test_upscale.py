@@ -12,7 +12,9 @@ from PIL import Image
 from torch import nn
 
 from keras_sd import RRDBNet, StableDiffusion, read_rrdbnet
+from keras_sd.__main__ import main
 from keras_sd.noise import initial_noise
+from keras_sd.png import read_parameters
 from keras_sd.super_resolution import enlarge
 from keras_sd.weights.files import write_safetensors
 
@@ -365,3 +367,54 @@ def test_damaged_networks_are_said(esrgan):
     network.variables[0].assign(np.full(network.variables[0].shape, np.nan))
     with pytest.raises(ValueError, match="not finite"):
         enlarge(picture(8, 8), network)
+
+
+# === The command line ===
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The working folder has a picture `small.png`."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(16, 24)).save("small.png")
+
+
+def test_upscale_on_the_command_line(small, esrgan, tiny, upscaler, capsys):
+    assert main(["upscale", "small.png", "--model", str(esrgan), "--outscale", "2", "--out", "a.png"]) == 0
+    assert capsys.readouterr().out == "a.png\n"
+    expected = StableDiffusion().upscale("small.png", scale=2, model=esrgan)[0]
+    assert (np.asarray(Image.open("a.png")) == expected).all()
+    fields = read_parameters("a.png")
+    assert (fields["Size"], fields["Postprocess upscale by"]) == ("48x32", "2")
+    assert fields["Postprocess upscaler"] == "Tiny_x4" and fields["prompt"] == ""
+
+    common = ["--steps", "2", "--seed", "3", "--quiet"]
+    assert main(["upscale", "small.png", "an apple", "--preset", str(tiny), "--out", "b.png", *common]) == 0
+    assert Image.open("b.png").size == (48, 32)
+    assert (
+        main(["upscale", "small.png", "--noise_level", "30", "--ckpt", str(upscaler), "--out", "c.png", *common]) == 0
+    )
+    assert Image.open("c.png").size == (96, 64) and read_parameters("c.png")["Noise level"] == "30"
+    drawing = ["txt2img", "an apple", "--preset", str(tiny), "--H", "16", "--W", "24", "--out", "d.png", *common]
+    assert main([*drawing, "--hires", "1.5"]) == 0
+    assert Image.open("d.png").size == (32, 24)  # latents 2 × 3 → 3 × 4 (of 4.5, the even neighbour)
+    fields = read_parameters("d.png")
+    assert (fields["Hires upscale"], fields["Hires upscaler"], fields["Denoising strength"]) == ("1.5", "Latent", "0.7")
+
+
+@pytest.mark.parametrize(
+    "flags, words, code",
+    [
+        (["small.png"], "upscale needs a prompt", 1),
+        (["none.png", "an apple"], "picture: there is no file 'none.png'", 1),
+        (["small.png", "--model", "none.pth"], "--model: there is no file 'none.pth'", 1),
+        (["small.png", "--model", "small.png"], "its name must end in .safetensors or", 1),
+        (["small.png", "--model", "ESRGAN", "--n_samples", "2"], "--n_samples", 2),
+        (["small.png", "an apple", "--outscale", "0.5"], "must be a number of at least 1; got '0.5'", 2),
+        (["small.png", "an apple", "--noise_level", "5"], "this one is not", 1),
+    ],
+)
+def test_errors_on_the_command_line(flags, words, code, small, esrgan, capsys):
+    assert main(["upscale", *(str(esrgan) if flag == "ESRGAN" else flag for flag in flags)]) == code
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
