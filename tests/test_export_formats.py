@@ -31,6 +31,7 @@ def sd():
 def files(request, sd, tmp_path_factory):
     pytest.importorskip("ai_edge_litert")
     folder = tmp_path_factory.mktemp("litert") / request.param
+    folder.mkdir()  # an empty one will do
     litert.write(sd, folder, 64, 64, precision=request.param)
     return folder
 
