@@ -23,7 +23,10 @@ COMMANDS = {
     "img2img": "change a picture",
     "inpaint": "repaint a part of a picture",
 }
-LOCAL_MODEL = ("--preset", "--ckpt", "--dtype", "--tokenizer")
+SHARED = set(  # what of `python -m keras_sd`'s arguments has a meaning here
+    "help prompt prompt_option negative_prompt steps sampler karras ddim_eta scale height width seed n_samples n_iter "
+    "out outdir quiet init_img mask strength".split()
+)
 SERVER = "tensorflow_model_server"
 TIMEOUT = 600_000  # milliseconds that a picture may take over REST; the server's own default is 30 s
 
@@ -54,8 +57,9 @@ def add_drawing(commands, name, text):
     command = commands.add_parser(
         name, parents=[theirs], help=text, epilog=EPILOG, add_help=False, conflict_handler="resolve"
     )
-    for flag in LOCAL_MODEL:
-        command.add_argument(flag, type=refuse, help=argparse.SUPPRESS)
+    for action in theirs._actions:
+        if action.dest not in SHARED:
+            command.add_argument(*action.option_strings, action=Refuse)
     host = command.add_argument_group("server")
     host.add_argument(
         "--host", action="append", help="HOST[:PORT] or URL; give more, and they take over from each other"
@@ -69,9 +73,14 @@ def add_drawing(commands, name, text):
     command.set_defaults(run=draw_pictures, usage_error=command.error)
 
 
-def refuse(_):
-    """The type of a flag that has no meaning here."""
-    raise argparse.ArgumentTypeError("is for python -m keras_sd; here the server has the model")
+class Refuse(argparse.Action):
+    """A flag that has no meaning here."""
+
+    def __init__(self, option_strings, dest):
+        super().__init__(option_strings, dest, nargs=0, help=argparse.SUPPRESS)
+
+    def __call__(self, parser, namespace, values, flag):
+        parser.error(f"{flag} is for python -m keras_sd, not for served models")
 
 
 def main(arguments=None):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_client import MODELS, Fake, Refusal
-from test_command_line import DRAWING, REQUIRED, VALUES
+from test_command_line import REQUIRED, VALUES
 
 from keras_sd.__main__ import build_parser as build_local_parser
 from keras_sd.png import read_parameters
@@ -21,6 +21,7 @@ from serving import __main__ as command_line
 from serving.client import Client, ServerError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DRAWING = ("txt2img", "img2img", "inpaint")
 SERVED = {
     "--host": "gpu-1",
     "--rest": None,
@@ -85,10 +86,12 @@ def run(*args, error=None, code=2, capsys):
     return out
 
 
-def options_of(parser, command):
+def options_of(parser, command, refused=False):
+    """The spellings of each option of a command, or of those that it refuses."""
     (commands,) = (action for action in parser._actions if action.dest == "command")
-    actions = commands.choices[command]._actions
-    return [action.option_strings for action in actions if action.option_strings and action.dest != "help"]
+    actions = [action for action in commands.choices[command]._actions if action.dest != "help"]
+    actions = [action for action in actions if not refused or isinstance(action, command_line.Refuse)]
+    return [action.option_strings for action in actions if action.option_strings]
 
 
 # === Flags ===
@@ -113,13 +116,16 @@ def test_every_flag_is_consumed(command, recorder, capsys, monkeypatch):
         out = run(command, *prompt, *flags, capsys=capsys)
         return repr((out, [(name, [str(a)[:20] for a in args], kwargs) for name, args, kwargs in recorder]))
 
-    plain = effect({})
-    values = VALUES | SERVED
+    plain, values = effect({}), VALUES | SERVED
+    refused = options_of(command_line.build_parser(), command, refused=True)
+    assert {"--preset", "--ckpt", "--dtype", "--tokenizer"} <= {x for spellings in refused for x in spellings}
     for spellings in options_of(command_line.build_parser(), command):
+        if spellings in refused:
+            for spelling in spellings:
+                run(command, "an apple", spelling, error=f"{spelling} is for python -m keras_sd", capsys=capsys)
+            continue
         (value,) = (values[spelling] for spelling in spellings if spelling in values)
-        if spellings[0] in command_line.LOCAL_MODEL:
-            run(command, "an apple", spellings[0], value, error="here the server has the model", capsys=capsys)
-        elif spellings[0] not in ("--init-img", "--mask"):
+        if spellings[0] not in ("--init-img", "--mask"):
             effects = {effect({spelling: value}) for spelling in spellings}
             assert len(effects) == 1 and plain not in effects, spellings
 
