@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from google.protobuf import text_format
-from saved_models import save, save_everything, save_half_plus, values
+from saved_models import Process, save, save_everything, save_half_plus, values
 from tensorflow_serving.config import model_server_config_pb2
 
 from serving.local import metrics, rest_server
@@ -403,6 +403,13 @@ def await_(condition):
         time.sleep(0.01)
 
 
+def answers(port):
+    try:
+        return call(port, "GET", "/v1/models/everything")[0] == 200
+    except OSError:
+        return False
+
+
 def start_endless(port):
     """A connection that waits for a prediction without end."""
     body = json.dumps({"signature_name": "loop", "inputs": FOREVER}).encode()
@@ -411,18 +418,32 @@ def start_endless(port):
     return connection
 
 
-def test_endless_predictions_block_nobody_and_stop_when_their_clients_leave(models):
-    with serving(models) as server:
-        cancelled = counted(server.port, "everything", "CANCELLED")
-        connections = [start_endless(server.port) for _ in range(4)]
-        await_(lambda: len(server._calls) == 4)
-        assert ask(server.port, "GET", "/v1/models/everything")[0] == 200
-        assert predict(server.port, "half%20plus", {"instances": [2]})[0] == 200
-        assert predict(server.port, "everything", {"inputs": {"x": [1], "n": 1}})[0] == 200
+def test_endless_predictions_block_nobody_and_stop_when_their_clients_leave(tmp_path):
+    # A process of its own: it has threads for many graphs at once.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    save_everything(tmp_path / "everything" / "1")
+    (tmp_path / "monitoring.config").write_text("prometheus_config { enable: true }")
+    server = Process(
+        tmp_path / "log",
+        "--model_name=everything",
+        f"--model_base_path={tmp_path / 'everything'}",
+        f"--rest_api_port={port}",
+        f"--monitoring_config_file={tmp_path / 'monitoring.config'}",
+    )
+    try:
+        await_(lambda: answers(port))
+        connections = [start_endless(port) for _ in range(4)]
+        for _ in range(5):
+            assert ask(port, "GET", "/v1/models/everything")[0] == 200
+            assert predict(port, "everything", {"inputs": {"x": [1], "n": 1}})[0] == 200
         for connection in connections:
             connection.close()
-        await_(lambda: counted(server.port, "everything", "CANCELLED") == cancelled + 4)
-        assert not server._calls
+        await_(lambda: counted(port, "everything", "CANCELLED") == 4)
+        assert server.stop() == 0
+    finally:
+        server.process.kill()
 
 
 def test_a_timeout_is_a_504(models):
