@@ -19,12 +19,12 @@ def free_port():
 
 
 @contextlib.contextmanager
-def server(models):
-    """Runs `python -m serving serve` on a folder of models until the block ends; gives (gRPC port, REST port)."""
+def server(models, *flags):
+    """A server of a folder of models, until the block ends: a context that gives (gRPC port, REST port)."""
     import urllib3
 
     ports = free_port(), free_port()
-    flags = [f"--port={ports[0]}", f"--rest_api_port={ports[1]}"]
+    flags = [f"--port={ports[0]}", f"--rest_api_port={ports[1]}", *flags]
     process = subprocess.Popen([sys.executable, "-m", "serving", "serve", "--models", str(models), *flags])
     try:
         names = [
