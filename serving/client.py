@@ -227,10 +227,10 @@ class RestServer(Server):
         url = f"{self.address}/v1/models/{model}{action}"
         try:
             response = self._pool.request(method, url, body=body, headers={"Content-Type": "application/json"})
-        except urllib3.exceptions.TimeoutError:
+        except urllib3.exceptions.ReadTimeoutError:
             raise self._error("DEADLINE_EXCEEDED", model, f"no answer within {self.timeout:g} s") from None
         except urllib3.exceptions.HTTPError as error:
-            raise self._error("UNAVAILABLE", model, str(error)) from None
+            raise self._error("UNAVAILABLE", model, f"no connection ({error})") from None
         try:
             answer = json.loads(response.data)
             if response.status == 200:

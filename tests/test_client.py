@@ -656,12 +656,15 @@ def test_a_request_that_takes_too_long_goes_to_the_next_host(serve, rest):
 
 def test_nobody_listens(monkeypatch):
     monkeypatch.setattr("serving.client.PAUSES", (0, 0.01))
-    for rest in (False, True):
-        with Client("localhost:9", rest=rest) as client, pytest.raises(ServerError, match="text_encoder at .*local"):
-            client.text_to_image("a")
-        hosts = ["localhost:9", "localhost:13"]
-        with Client(hosts, rest=rest) as client, pytest.raises(ServerError, match="None of 2 hosts could: .*13"):
-            client.text_to_image("a")
+    for hosts, message in (
+        ("localhost:9", "^text_encoder at (http://)?localhost:9: .*refused.*"),
+        (["localhost:9", "localhost:13"], "^None of 2 hosts could: text_encoder at .*:9: .*; text_encoder at .*:13: "),
+        ("no.such.host.invalid", "^text_encoder at (http://)?no.such.host.invalid:850[01]: "),
+    ):
+        for rest in (False, True):
+            with Client(hosts, rest=rest) as client, pytest.raises(ServerError, match=message) as caught:
+                client.text_to_image("a")
+            assert caught.value.code == "UNAVAILABLE"
 
 
 def test_ctrl_c_cancels_the_running_request(serve):
