@@ -52,6 +52,11 @@ def row_noise(seed, batch_size, shape, table):
     return noise
 
 
+def lerp(start, end, t):
+    """Linear interpolation, `(1 - t) * start + t * end`, as float32; where both are equal that is exact."""
+    return ((1.0 - t) * np.asarray(start, "float64") + t * np.asarray(end, "float64")).astype("float32")
+
+
 def slerp(start, end, t):
     """Spherical interpolation: from one noise to another along a great circle, so that what is between is noise, too.
 
@@ -68,5 +73,5 @@ def slerp(start, end, t):
     lengths = np.linalg.norm(a) * np.linalg.norm(b)
     angle = np.arccos(np.clip(np.vdot(a, b) / lengths, -1.0, 1.0)) if lengths else 0.0
     if np.sin(angle) < 1e-6:
-        return ((1.0 - t) * a + t * b).astype("float32")
+        return lerp(a, b, t)
     return (np.sin((1.0 - t) * angle) / np.sin(angle) * a + np.sin(t * angle) / np.sin(angle) * b).astype("float32")

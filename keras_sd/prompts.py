@@ -18,6 +18,7 @@ Reference: https://github.com/AUTOMATIC1111/stable-diffusion-webui, `modules/pro
 """
 
 import fractions
+import functools
 import re
 
 import numpy as np
@@ -240,4 +241,79 @@ def emphasize(context, weights):
         chunk = context[i].astype("float64")
         weighted = chunk * weights[i, :, None]
         context[i] = weighted * (chunk.mean() / weighted.mean())
+    return context
+
+
+# === Context by row ===
+
+
+def by_row(prompt, encode, num_steps, rows):
+    """A prompt as the denoising loop takes it.
+
+    Args:
+        prompt: a string or list of B strings; or their context (N, width) or (B, N, width); or a function row → such
+            an array.
+        encode: function list of `segments` → (how many, N, width).
+        num_steps: number of steps of the run.
+        rows: number of rows of its table, which may have more of them than one a step.
+
+    Returns:
+        function row → float32 (B, N, width), with the same N in every row.
+
+    Raises:
+        ValueError: brackets are not balanced, or the context is of another shape.
+    """
+    if callable(prompt):
+        return lambda row: _check_context(prompt(row))
+    prompt = [prompt] if isinstance(prompt, str) else prompt
+    if not _is_list(prompt):
+        context = _check_context(prompt)
+        return lambda row: context
+    texts = [tuple(segments(one, row * num_steps // rows, num_steps) for one in prompt) for row in range(rows)]
+    distinct = list(dict.fromkeys(text for row in texts for text in row))
+    contexts = dict(zip(distinct, np.asarray(encode(distinct), "float32")))
+    return lambda row: np.stack([contexts[text] for text in texts[row]])
+
+
+def padded(context, negative, encode, batch_size):
+    """Two results of `by_row`, for `batch_size` pictures each, the shorter with empty chunks at its end."""
+    lengths = [one(0).shape[1] for one in (context, negative)]
+    padding = None
+    if lengths[0] != lengths[1]:
+        empty = np.asarray(encode([()]), "float32")
+        chunks, rest = divmod(abs(lengths[0] - lengths[1]), empty.shape[1])
+        if rest:
+            raise ValueError(
+                f"encoded_text has {lengths[0]} tokens and negative_prompt {lengths[1]}; they go together where the "
+                f"difference is a multiple of {empty.shape[1]}."
+            )
+        padding = np.tile(empty, (1, chunks, 1))
+
+    def batch(context, length, row):
+        context = context(row)
+        if length < max(lengths):
+            context = np.concatenate([context, np.repeat(padding, len(context), axis=0)], axis=1)
+        return np.repeat(context, batch_size // len(context), axis=0)
+
+    return [functools.partial(batch, *one) for one in zip((context, negative), lengths)]
+
+
+def as_list(prompt, name="prompt"):
+    """A prompt or list of prompts as a list; TypeError for anything else."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not _is_list(prompts):
+        raise TypeError(f"{name} must be a string or a list of strings; got {prompt!r}.")
+    return list(prompts)
+
+
+def _is_list(prompt):
+    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(isinstance(one, str) for one in prompt)
+
+
+def _check_context(encoded_text):
+    """(N, width) or (B, N, width) → float32 (B, N, width)."""
+    context = np.asarray(encoded_text, "float32")
+    context = context[None] if context.ndim == 2 else context
+    if context.ndim != 3:
+        raise ValueError(f"encoded_text must have shape (77, width) or (batch_size, 77, width); got {context.shape}.")
     return context

@@ -10,7 +10,10 @@ from PIL import Image
 
 from keras_sd.denoiser import Denoiser
 from keras_sd.images import fit, read_image, to_model
-from keras_sd.noise import initial_noise, row_noise
+from keras_sd.noise import initial_noise, lerp, row_noise, seeds_of, slerp
+from keras_sd.presets import locate
+from keras_sd.preview import clean_latent, fit_model, read_map, to_rgb
+from keras_sd.prompts import as_list, by_row, emphasize, padded, segments, tokenize
 from keras_sd.samplers import SamplerTable, make_table
 from keras_sd.scheduler_config import read_scheduler_config
 from keras_sd.super_resolution import enlarge
@@ -78,7 +81,6 @@ class StableDiffusion:
     @functools.cached_property
     def checkpoint(self):
         from keras_sd.checkpoint import open_checkpoint
-        from keras_sd.presets import locate
 
         return open_checkpoint(locate(self.preset), self._tokenizer_source)
 
@@ -173,19 +175,21 @@ class StableDiffusion:
         """Draws pictures from a prompt.
 
         Args:
-            prompt: a string, or a list with one string per picture.
+            prompt: a string, or a list with one string per picture; weights, chunks and schedules are written as in
+                `keras_sd.prompts`.
             negative_prompt: what to steer away from: a string, or a list with one string per picture.
-            batch_size: number of pictures; with a list of prompts it follows from the list.
+            batch_size: number of pictures; with a list of prompts or seeds it follows from the list.
             num_steps: number of denoising steps.
             unconditional_guidance_scale: how closely to follow the prompt; 1 is no guidance.
-            seed: integer; picture i of the batch is drawn from `seed + i`. By default a random one.
+            seed: integer, picture i of the batch being drawn from `seed + i`; or a list with one per picture. By
+                default a random one.
             **kwargs: as in `generate_image`.
 
         Returns:
             uint8 (batch_size, height, width, 3).
         """
         return self.generate_image(
-            self.encode_text(prompt),
+            as_list(prompt),
             negative_prompt=negative_prompt,
             batch_size=batch_size,
             num_steps=num_steps,
@@ -195,17 +199,24 @@ class StableDiffusion:
         )
 
     def encode_text(self, prompt):
-        """Encodes a prompt, or a list of prompts.
+        """Encodes a prompt, or a list of prompts, in the syntax of `keras_sd.prompts`.
 
-        A prompt of more than 75 tokens is cut, with a warning that says what was cut.
+        A prompt of more than 75 tokens goes on in further chunks of 77; the others of the list then get empty ones.
 
         Returns:
-            float NumPy array (number of prompts, 77, width), for `generate_image`.
+            float NumPy array (number of prompts, 77, width), 77 for each chunk, for `generate_image`.
 
         Raises:
             TypeError: the prompt is neither a string nor a list of strings.
+            ValueError: brackets are not balanced, or the prompt is a schedule, which has a context for every step.
         """
-        return np.asarray(self.text_encoder.predict_on_batch({"tokens": self.tokenizer(prompt)}))
+        return self._encode([segments(one) for one in as_list(prompt)])
+
+    def _encode(self, texts):
+        """Results of `keras_sd.prompts.segments` → (number of texts, 77 · chunks, width)."""
+        tokens, weights = (x.reshape(-1, x.shape[-1]) for x in tokenize(self.tokenizer, texts))
+        context = np.asarray(self.text_encoder.predict_on_batch({"tokens": tokens}))
+        return emphasize(context, weights).reshape(len(texts), -1, context.shape[-1])
 
     def generate_image(
         self,
@@ -217,6 +228,8 @@ class StableDiffusion:
         diffusion_noise=None,
         seed=None,
         *,
+        variation_seed=None,
+        variation_strength=None,
         sampler=None,
         height=None,
         width=None,
@@ -230,18 +243,26 @@ class StableDiffusion:
         """Draws pictures from an encoded prompt.
 
         Args:
-            encoded_text: (77, width) or (batch_size, 77, width), from `encode_text`.
+            encoded_text: (N, width) or (batch_size, N, width), from `encode_text`; or a function row → such an array;
+                or the prompt itself, as in `text_to_image`.
             negative_prompt: what to steer away from: a string, or a list with one string per picture.
             batch_size: number of pictures.
             num_steps: number of denoising steps.
             unconditional_guidance_scale: how closely to follow the prompt; 1 is no guidance (and half the work).
             diffusion_noise: unit noise to start from, (h, w, 4) or (batch_size, h, w, 4), instead of `seed`.
-            seed: integer; picture i of the batch is drawn from `seed + i`. By default a random one.
+            seed: integer, picture i of the batch being drawn from `seed + i`; or a list with one per picture. By
+                default a random one.
+            variation_strength: 0 … 1, how far the initial noise is turned (spherically) from that of `seed` to that of
+                `variation_seed`. An integer seed is then that of every picture, and picture i is varied towards
+                `variation_seed + i`.
+            variation_seed: integer or list, as `seed`.
             sampler: one of `keras_sd.SAMPLERS`, or a `SamplerTable` of one's own (then `num_steps`, guidance and
                 options are the table's); by default the preset's.
             height, width: size in pixels; by default `img_height` and `img_width`.
             noise: function row → unit noise (batch_size, h, w, 4) for stochastic samplers; by default from `seed`.
-            callback: function (step, num_steps, latent), called after every step; the run stops where it returns False.
+            callback: function (step, num_steps, latent), called after every step, a NumPy array (batch_size, h, w, 4)
+                whose attribute `clean` is the latent that the network sees coming; `preview` shows it. The run stops
+                where it returns False, and draws that one.
             progress: show a progress bar.
             hires: factor above 1 by which the latent is enlarged and then changed again before it is decoded ("hires
                 fix"): from noise alone a model draws sizes badly that it was not trained at.
@@ -261,15 +282,17 @@ class StableDiffusion:
                 raise ValueError("hires draws at two sizes: it takes a seed and a sampler's name, no noise, no table.")
             options = {**sampler_options, "strength": hires_strength}
             table = self._table(sampler, num_steps, unconditional_guidance_scale, options)
-            second_pass = _check_scale("hires", hires), table
+            second_pass = _check_scale("hires", hires), table, _steps(sampler, num_steps, hires_strength)
         return self._draw(
             encoded_text,
             negative_prompt,
             batch_size,
             self._table(sampler, num_steps, unconditional_guidance_scale, sampler_options),
             shape,
+            num_steps=_steps(sampler, num_steps, sampler_options.get("strength", 1.0)),
             diffusion_noise=diffusion_noise,
             seed=seed,
+            variation=(variation_seed, variation_strength),
             noise=noise,
             callback=callback,
             progress=progress,
@@ -290,6 +313,8 @@ class StableDiffusion:
         diffusion_noise=None,
         seed=None,
         *,
+        variation_seed=None,
+        variation_strength=None,
         sampler=None,
         height=None,
         width=None,
@@ -319,16 +344,19 @@ class StableDiffusion:
         if latent_scale is not None:
             known = _resized(known, _check_scale("latent_scale", latent_scale))
         if _check_strength(strength) == 0:
-            return np.repeat(self.decode(known), _expand(self.encode_text(prompt), batch_size)[1], axis=0)
+            count = _count(batch_size, prompts=as_list(prompt), negative_prompts=negative_prompt, seeds=seed)
+            return np.repeat(self.decode(known), count, axis=0)
         options = {**sampler_options, "strength": strength}
         return self._draw(
-            self.encode_text(prompt),
+            as_list(prompt),
             negative_prompt,
             batch_size,
             self._table(sampler, num_steps, unconditional_guidance_scale, options),
             known.shape[1:],
+            num_steps=_steps(sampler, num_steps, strength),
             diffusion_noise=diffusion_noise,
             seed=seed,
+            variation=(variation_seed, variation_strength),
             noise=noise,
             callback=callback,
             progress=progress,
@@ -348,6 +376,8 @@ class StableDiffusion:
         diffusion_noise=None,
         seed=None,
         *,
+        variation_seed=None,
+        variation_strength=None,
         sampler=None,
         height=None,
         width=None,
@@ -387,13 +417,15 @@ class StableDiffusion:
             masked = self.encode(np.where(mask[..., None], 0.0, to_model(picture)))
             extra = np.concatenate([repaint[None], masked], axis=-1)
         drawn = self._draw(
-            self.encode_text(prompt),
+            as_list(prompt),
             negative_prompt,
             batch_size,
             self._table(sampler, num_steps, unconditional_guidance_scale, {**sampler_options, "strength": strength}),
             known.shape[1:],
+            num_steps=_steps(sampler, num_steps, strength),
             diffusion_noise=diffusion_noise,
             seed=seed,
+            variation=(variation_seed, variation_strength),
             noise=noise,
             callback=callback,
             progress=progress,
@@ -500,21 +532,22 @@ class StableDiffusion:
         config, most = upscaler
         if _check_integer("noise_level", noise_level, 0) > most:
             raise ValueError(f"noise_level must be at most {most} for this model; got {noise_level}.")
-        encoded_text, batch_size = _expand(self.encode_text(prompt), batch_size)
+        batch_size = _count(batch_size, prompts=as_list(prompt), negative_prompts=negative_prompt, seeds=seed)
         small = np.repeat(to_model(image), batch_size, axis=0)
         if image_noise is None:
-            own_seed = secrets.randbits(31) if seed is None else _check_integer("seed", seed, 0)
+            own_seed = secrets.randbits(31) if seed is None else _check_seed("seed", seed)
             seed = own_seed if diffusion_noise is None else seed
-            generators = (np.random.default_rng((own_seed + i, 1)) for i in range(batch_size))
+            generators = (np.random.default_rng((one, 1)) for one in seeds_of(own_seed, batch_size))
             image_noise = np.stack([g.standard_normal(small.shape[1:], dtype="float32") for g in generators])
         else:
             image_noise = _check_noise(image_noise, small.shape, "image_noise")
         return self._draw(
-            encoded_text,
+            prompt,
             negative_prompt,
             batch_size,
             self._table(sampler, num_steps, unconditional_guidance_scale, sampler_options),
             (image.height, image.width, self.decoder.arguments["latent_channels"]),
+            num_steps=_steps(sampler, num_steps, sampler_options.get("strength", 1.0)),
             diffusion_noise=diffusion_noise,
             seed=seed,
             noise=noise,
@@ -523,6 +556,90 @@ class StableDiffusion:
             extra=read_scheduler_config(config)[0].add_noise(small, image_noise, noise_level),
             class_label=np.full(batch_size, noise_level, "int32"),
         )
+
+    # === Interpolation ===
+
+    def interpolate(
+        self,
+        prompt,
+        to_prompt=None,
+        seed=None,
+        to_seed=None,
+        frames=9,
+        negative_prompt=None,
+        num_steps=50,
+        unconditional_guidance_scale=7.5,
+        *,
+        batch_size=4,
+        sampler=None,
+        height=None,
+        width=None,
+        callback=None,
+        progress=True,
+        **sampler_options,
+    ):
+        """Draws the pictures between two prompts, two seeds, or both.
+
+        Contexts are interpolated linearly, noise spherically. The first and last picture are those that
+        `text_to_image` draws of either prompt and seed. `keras_sd.film` makes a strip or an animation of them.
+
+        Args:
+            prompt, to_prompt: strings, the first and the last; by default the same.
+            seed, to_seed: integers, the first and the last; by default the same, and a random one.
+            frames: number of pictures, at least 2.
+            batch_size: the most pictures that are drawn at once.
+            callback: as in `generate_image`, of each batch; where it returns False no further pictures are drawn.
+            Others: as in `generate_image`.
+
+        Returns:
+            uint8 (frames, height, width, 3).
+
+        Raises:
+            ValueError, TypeError: there is nothing to go to, or an argument is out of its range.
+        """
+        if to_prompt is None and to_seed is None:
+            raise ValueError("interpolate needs to_prompt or to_seed, the prompt or seed that it goes to.")
+        prompts = [prompt, prompt if to_prompt is None else to_prompt]
+        for name, one in zip(("prompt", "to_prompt"), prompts):
+            if not isinstance(one, str):
+                raise TypeError(f"{name} must be a string; got {one!r}.")
+        seed = secrets.randbits(31) if seed is None else _check_integer("seed", seed, 0)
+        seeds = [seed, seed if to_seed is None else _check_integer("to_seed", to_seed, 0)]
+        batches = -(-_check_integer("frames", frames, 2) // _check_integer("batch_size", batch_size, 1))
+        shape = self.latent_shape(height, width)
+        table = self._table(sampler, num_steps, unconditional_guidance_scale, sampler_options)
+        steps = _steps(sampler, num_steps, sampler_options.get("strength", 1.0)) or len(table)
+        contexts = by_row(prompts, self._encode, steps, len(table))
+        start, fresh = initial_noise(seeds, 2, shape), row_noise(seeds, 2, shape, table)
+        stopped = False
+
+        def watch(*args):
+            nonlocal stopped
+            stopped = callback is not None and callback(*args) is False
+            return not stopped
+
+        def draw(positions):
+            def between(mix, ends):
+                return np.stack([mix(*ends, position) for position in positions])
+
+            return self._draw(
+                lambda row: between(lerp, contexts(row)),
+                negative_prompt,
+                len(positions),
+                table,
+                shape,
+                num_steps=steps,
+                diffusion_noise=between(slerp, start),
+                seed=None,
+                noise=lambda row: between(slerp, fresh(row)),
+                callback=watch,
+                progress=progress,
+            )
+
+        drawn = []
+        for positions in np.array_split(np.linspace(0.0, 1.0, frames), batches):
+            drawn += [] if stopped else [draw(positions)]
+        return np.concatenate(drawn)
 
     # === Latents ===
 
@@ -535,6 +652,26 @@ class StableDiffusion:
         """Decodes scaled latents (B, h, w, 4) to uint8 pictures (B, H, W, 3), rounded to the nearest value."""
         image = np.asarray(self.decoder.predict_on_batch(latent), "float32")
         return np.clip(np.round((image + 1.0) * 127.5), 0, 255).astype("uint8")
+
+    def preview(self, latent):
+        """What latents show, without the decoder: in a callback, or to look over many.
+
+        The colours are a linear map of each position's channels, fitted by least squares to the decoder's own pictures,
+        averaged to the latent's size. A preset that ships its map (`preview.json`) had it fitted on latents it drew;
+        for another one that happens at the first call, on some fields of random colours that the autoencoder encodes.
+
+        Args:
+            latent: (B, h, w, C), clean and scaled; or what a callback was given, whose `clean` is shown.
+
+        Returns:
+            uint8 (B, h, w, 3).
+        """
+        return to_rgb(getattr(latent, "clean", latent), self._preview_map)
+
+    @functools.cached_property
+    def _preview_map(self):
+        known = None if self.preset is None else read_map(locate(self.preset))
+        return fit_model(self) if known is None else known
 
     @functools.cached_property
     def factor(self):
@@ -559,7 +696,8 @@ class StableDiffusion:
     def _draw(self, *arguments, seed, callback, second_pass=None, **kwargs):
         """The denoising loop and the decoder: everything that draws a picture ends here.
 
-        `second_pass` is a (scale, table): the latent is enlarged and denoised once more. Others: as in `_denoised`.
+        `second_pass` is a (scale, table, number of steps): the latent is enlarged and denoised once more. Others: as in
+        `_denoised`.
         """
         if second_pass is None:
             return self.decode(self._denoised(*arguments, seed=seed, callback=callback, **kwargs))
@@ -573,7 +711,7 @@ class StableDiffusion:
 
         latent = self._denoised(*arguments, seed=seed, callback=watch, **kwargs)
         if not stopped:
-            scale, table = second_pass
+            scale, table, kwargs["num_steps"] = second_pass
             known = _resized(latent, scale)
             arguments = *arguments[:3], table, known.shape[1:]
             latent = self._denoised(*arguments, seed=seed, callback=callback, known=known, **kwargs)
@@ -587,11 +725,13 @@ class StableDiffusion:
         table,
         shape,
         *,
+        num_steps,
         diffusion_noise,
         seed,
         noise,
         callback,
         progress,
+        variation=(None, None),
         known=None,
         extra=None,
         class_label=None,
@@ -602,14 +742,18 @@ class StableDiffusion:
         `known` (1 or B, h, w, C) is the latent to start from, `keep` a (latent, mask) to blend in where the mask is 0.
         """
         self._check_channels(shape[-1] + (0 if extra is None else extra.shape[-1]))
-        context, batch_size = _expand(encoded_text, batch_size)
-        if diffusion_noise is not None and seed is not None:
-            raise ValueError("diffusion_noise and seed exclude each other: seed makes the noise; give one of them.")
-        seed = secrets.randbits(31) if seed is None else _check_integer("seed", seed, 0)
-        if diffusion_noise is None:
-            start = initial_noise(seed, batch_size, shape)
-        else:
+        negative_prompt = as_list("" if negative_prompt is None else negative_prompt, "negative_prompt")
+        batch_size = _count(batch_size, prompts=encoded_text, negative_prompts=negative_prompt, seeds=seed)
+        if diffusion_noise is not None and (seed, *variation) != (None, None, None):
+            raise ValueError(
+                "diffusion_noise and seed, varied or not, exclude each other: seed makes the noise; give one of them."
+            )
+        seed, start = _seeded_noise(seed, variation, batch_size, shape)
+        if diffusion_noise is not None:
             start = _check_noise(diffusion_noise, (batch_size, *shape))
+        rows = len(table)
+        contexts = (by_row(one, self._encode, num_steps or rows, rows) for one in (encoded_text, negative_prompt))
+        context, unconditional_context = padded(*contexts, self._encode, batch_size)
         latent = table.init_noise_scale * start
         if known is not None:
             latent = table.signal[0] * known + table.sigma[0] * start
@@ -621,13 +765,14 @@ class StableDiffusion:
         return self.denoiser.denoise(
             latent,
             context,
-            self._unconditional_context(negative_prompt, batch_size),
+            unconditional_context,
             table,
             noise=noise or row_noise(seed, batch_size, shape, table),
             extra=None if extra is None else np.repeat(extra, batch_size // len(extra), axis=0),
             class_label=class_label,
             blend=None if keep is None else blend,
             callback=callback,
+            estimate=lambda *row: clean_latent(table, self.scheduler[0].prediction_type, *row),
             progress=progress,
         )
 
@@ -651,22 +796,45 @@ class StableDiffusion:
         name = name if sampler is None else sampler
         return make_table(name, scheduler, num_steps, guidance_scale=guidance_scale, **options)
 
-    def _unconditional_context(self, negative_prompt, batch_size):
-        return _expand(self.encode_text("" if negative_prompt is None else negative_prompt), batch_size)[0]
 
-
-def _expand(encoded_text, batch_size):
-    """(77, width) or (B, 77, width) → float32 (batch_size, 77, width) and the batch size."""
+def _count(batch_size, **given):
+    """Number of pictures: `batch_size`, or, where that is 1, as many as there are prompts, encoded ones, or seeds."""
     _check_integer("batch_size", batch_size, 1)
-    context = np.asarray(encoded_text, "float32")
-    context = context[None] if context.ndim == 2 else context
-    if context.ndim != 3:
-        raise ValueError(f"encoded_text must have shape (77, width) or (batch_size, 77, width); got {context.shape}.")
-    if batch_size == 1:
-        batch_size = len(context)
-    if len(context) not in (1, batch_size):
-        raise ValueError(f"batch_size is {batch_size}, but there are {len(context)} prompts; give one, or as many.")
-    return np.repeat(context, batch_size // len(context), axis=0), batch_size
+    for name, value in given.items():
+        value = value(0) if callable(value) else value
+        count = len(value) if np.ndim(value) in (1, 3) else 1
+        if batch_size == 1:
+            batch_size = count
+        if count not in (1, batch_size):
+            name = name.replace("_", " ")
+            raise ValueError(f"batch_size is {batch_size}, but there are {count} {name}; give one, or as many.")
+    return batch_size
+
+
+def _steps(sampler, num_steps, strength):
+    """Number of steps of a run, by which prompts are scheduled; None, which is that of its rows, for a table."""
+    return None if isinstance(sampler, SamplerTable) else int(num_steps * strength)
+
+
+def _seeded_noise(seed, variation, batch_size, shape):
+    """The seeds as an integer or list, and the initial noise (batch_size, h, w, C), varied."""
+    seed = secrets.randbits(31) if seed is None else _check_seed("seed", seed)
+    variation_seed, strength = variation
+    if strength is None:
+        if variation_seed is not None:
+            raise ValueError("variation_seed needs a variation_strength: how far to vary, 0 … 1.")
+        return seed, initial_noise(seed, batch_size, shape)
+    _check_strength(strength, "variation_strength")
+    variation_seed = secrets.randbits(31) if variation_seed is None else _check_seed("variation_seed", variation_seed)
+    seed = [seed] * batch_size if isinstance(seed, int) else seed
+    ends = (initial_noise(one, batch_size, shape) for one in (seed, variation_seed))
+    return seed, np.stack([slerp(*pair, strength) for pair in zip(*ends)])
+
+
+def _check_seed(name, seed):
+    if np.ndim(seed) == 1:
+        return [_check_integer(name, one, 0) for one in seed]
+    return _check_integer(name, seed, 0)
 
 
 def _check_noise(noise, shape, name="diffusion_noise"):
@@ -698,9 +866,9 @@ def _check_scale(name, value):
     return value
 
 
-def _check_strength(strength):
+def _check_strength(strength, name="strength"):
     if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be in [0, 1]; got {strength!r}.")
+        raise ValueError(f"{name} must be in [0, 1]; got {strength!r}.")
     return strength
 
 
