@@ -51,8 +51,6 @@ def build_parser():
     draw = argparse.ArgumentParser(add_help=False, parents=[model])
     draw.add_argument("--preset", default="emoji", help="preset, path or hf://owner/name (default emoji)")
     draw.add_argument("--ckpt", help="a checkpoint on disk, instead of --preset")
-    draw.add_argument("prompt", nargs="?", help="what to draw")
-    draw.add_argument("--prompt", dest="prompt_option", metavar="PROMPT", help="the same, as an option")
     draw.add_argument("--negative-prompt", "--negative_prompt", default="", help="what to steer away from")
     draw.add_argument(
         "--steps", "--ddim_steps", "--ddim-steps", type=number(int, 1), default=25, help="steps (default 25)"
@@ -69,12 +67,25 @@ def build_parser():
     )
     draw.add_argument("--scale", type=float, default=7.5, help="guidance scale (default 7.5; 1 is no guidance)")
     draw.add_argument("--seed", type=number(int, 0), help="seed of the first picture (default: a random one)")
-    draw.add_argument("--n_samples", "--n-samples", type=number(int, 1), default=1, help="pictures at once (default 1)")
-    draw.add_argument("--n_iter", "--n-iter", type=number(int, 1), default=1, help="how often (default 1)")
-    target = draw.add_mutually_exclusive_group()
+    draw.add_argument("--preview", metavar="FILE", help="PNG to show the picture in, as it is every few steps")
+    draw.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    batch = argparse.ArgumentParser(add_help=False)
+    batch.add_argument("prompt", nargs="?", help="what to draw")
+    batch.add_argument("--prompt", dest="prompt_option", metavar="PROMPT", help="the same, as an option")
+    batch.add_argument(
+        "--n_samples", "--n-samples", type=number(int, 1), default=1, help="pictures at once (default 1)"
+    )
+    batch.add_argument("--n_iter", "--n-iter", type=number(int, 1), default=1, help="how often (default 1)")
+    target = batch.add_mutually_exclusive_group()
     target.add_argument("--out", help="PNG to write (default out.png); several become out-0.png, out-1.png, …")
     target.add_argument("--outdir", help="folder for numbered PNGs; no file in it is overwritten")
-    draw.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    vary = argparse.ArgumentParser(add_help=False)
+    vary.add_argument(
+        "--variation-strength", type=number(float, 0, 1), help="vary the picture of --seed so much, 0 … 1"
+    )
+    vary.add_argument("--variation-seed", type=number(int, 0), help="towards this seed (default: a random one)")
 
     size = argparse.ArgumentParser(add_help=False)
     size.add_argument("--H", "--height", dest="height", type=number(int, 1), help="height in pixels")
@@ -91,18 +102,18 @@ def build_parser():
             command.add_argument("--strength", type=number(float, 0, 1), default=strength, help=text)
         return command
 
-    txt2img = drawing("txt2img", [draw, size], "text_to_image", None, help="draw pictures from text")
+    txt2img = drawing("txt2img", [draw, batch, size, vary], "text_to_image", None, help="draw pictures from text")
     txt2img.add_argument("--hires", type=number(float, 1), help="enlarge the latent so many times and draw on")
     txt2img.add_argument(
         "--hires-strength", type=number(float, 0, 1), help="how much to change then (default 0.7); alone: --hires 2"
     )
-    drawing("img2img", [draw, size, start], "image_to_image", 0.8, help="change a picture")
-    inpaint = drawing("inpaint", [draw, size, start], "inpaint", 1.0, help="repaint a part of a picture")
+    drawing("img2img", [draw, batch, size, vary, start], "image_to_image", 0.8, help="change a picture")
+    inpaint = drawing("inpaint", [draw, batch, size, vary, start], "inpaint", 1.0, help="repaint a part of a picture")
     inpaint.add_argument("--mask", required=True, help="picture that is white where to repaint")
 
     picture = argparse.ArgumentParser(add_help=False)
     picture.add_argument("init_img", metavar="picture", help="picture to enlarge")
-    upscale = drawing("upscale", [picture, draw], "upscale", None, help="enlarge a picture")
+    upscale = drawing("upscale", [picture, draw, batch], "upscale", None, help="enlarge a picture")
     upscale.add_argument("--model", help="super-resolution network: .pth or .safetensors of Real-ESRGAN or ESRGAN")
     upscale.add_argument(
         "--outscale", "-s", type=number(float, 1), help="how many times as large (default: the model's, else 2)"
@@ -114,6 +125,21 @@ def build_parser():
         "--noise_level", "--noise-level", type=number(int, 0), help="for a preset that is a ×4 upscaler (default 20)"
     )
     upscale.add_argument("--tile", type=number(int, 64), default=192, help="side of the network's tiles (default 192)")
+
+    film = commands.add_parser(
+        "interpolate", parents=[draw, size], epilog=EPILOG, help="draw the pictures between two prompts or seeds"
+    )
+    film.set_defaults(run=draw_film, usage_error=film.error)
+    film.add_argument("prompt", help="what to draw first")
+    film.add_argument("--to-prompt", help="what to draw last (default: the same)")
+    film.add_argument("--to-seed", type=number(int, 0), help="seed of the last picture (default: the same)")
+    film.add_argument("--frames", type=number(int, 2), default=9, help="number of pictures (default 9)")
+    film.add_argument("--fps", type=number(float, 0.1), default=8.0, help="pictures a second (default 8)")
+    film.add_argument(
+        "--out",
+        action="append",
+        help="file to write (default out.png, a strip): .png, .gif, .webp or, with ffmpeg, .mp4; may be repeated",
+    )
 
     presets = commands.add_parser("presets", help="list the built-in presets")
     presets.set_defaults(run=list_presets)
@@ -164,10 +190,8 @@ def draw_pictures(args):
     if (args.prompt is None) == (args.prompt_option is None) and (args.prompt is not None or args.method != "upscale"):
         args.usage_error("give one prompt, as an argument or with --prompt")
     prompt = args.prompt if args.prompt is not None else args.prompt_option
-    sampler = "ddim" if args.sampler is None and args.ddim_eta is not None else args.sampler
-    options = {"karras": True} if args.karras else {}
-    options |= {} if args.ddim_eta is None else {"eta": args.ddim_eta}
-    check_sampler(args, sampler, options)
+    check_prompts(prompt, args.negative_prompt)
+    sampler, options = read_sampler(args)
     check_output(args)
     pictures = open_pictures(args)
     if getattr(args, "model", None) is not None and not pathlib.Path(args.model).is_file():
@@ -179,9 +203,17 @@ def draw_pictures(args):
         args.hires_strength = 0.7 if args.hires_strength is None else args.hires_strength
     options |= method_options(args)
 
+    varies = getattr(args, "variation_strength", None) is not None
+    if not varies and getattr(args, "variation_seed", None) is not None:
+        args.usage_error("--variation-seed needs a --variation-strength")
     sd = open_model(args.ckpt or args.preset, args)
+    options |= watching(args, sd)
     seed = secrets.randbits(31) if args.seed is None else args.seed
+    if varies and args.variation_seed is None:
+        args.variation_seed = secrets.randbits(31)
     for first in range(0, args.n_samples * args.n_iter, args.n_samples):
+        if varies:
+            options |= {"variation_seed": args.variation_seed + first, "variation_strength": args.variation_strength}
         images = getattr(sd, args.method)(
             *pictures,
             prompt,
@@ -189,22 +221,29 @@ def draw_pictures(args):
             batch_size=args.n_samples,
             num_steps=args.steps,
             unconditional_guidance_scale=args.scale,
-            seed=seed + first,
+            seed=seed if varies else seed + first,
             sampler=sampler,
             progress=not args.quiet and sys.stderr.isatty(),
             **options,
         )
         for i, image in enumerate(images, start=first):
-            path = write_picture(args, i, image, prompt or "", described(args, sd, sampler, seed + i, image))
-            print(f"{path}: seed {seed + i}", flush=True)
+            parameters = described(args, sd, sampler, seed if varies else seed + i, image)
+            if varies:
+                parameters["Variation_seed"] = args.variation_seed + i
+                parameters["Variation_seed_strength"] = f"{args.variation_strength:g}"
+            path = write_picture(args, i, image, prompt or "", parameters)
+            varied = f" varied by {args.variation_strength:g} towards {args.variation_seed + i}" if varies else ""
+            print(f"{path}: seed {parameters['Seed']}{varied}", flush=True)
 
 
 def enlarge_picture(args, picture):
     """upscale with a network alone: one picture, no preset."""
     from keras_sd import __version__
 
-    if args.n_samples * args.n_iter > 1 or args.strength is not None or args.noise_level is not None:
-        args.usage_error("--n_samples, --n_iter, --strength and --noise_level need a prompt; --model alone enlarges")
+    if args.n_samples * args.n_iter > 1 or (args.strength, args.noise_level, args.preview) != (None, None, None):
+        args.usage_error(
+            "--n_samples, --n_iter, --strength, --noise_level and --preview need a prompt; --model alone enlarges"
+        )
     start_backend()
     from keras_sd.stable_diffusion import StableDiffusion
 
@@ -227,22 +266,35 @@ def method_options(args):
     return {name: value for name, value in options.items() if value is not None}
 
 
-def check_sampler(args, sampler, options):
-    """Builds a named sampler's table, which needs NumPy alone, for the errors that it raises."""
+def check_prompts(*prompts):
+    """Raises where brackets are not balanced."""
+    from keras_sd.prompts import parse
+
+    for prompt in prompts:
+        parse(prompt or "")
+
+
+def read_sampler(args):
+    """The sampler's name and options; builds a named one's table, which needs NumPy alone, for the errors it raises."""
     from keras_sd.noise_scheduler import NoiseScheduler
     from keras_sd.samplers import make_table
 
+    sampler = "ddim" if args.sampler is None and args.ddim_eta is not None else args.sampler
+    options = {"karras": True} if args.karras else {}
+    options |= {} if args.ddim_eta is None else {"eta": args.ddim_eta}
     if sampler is not None:
         try:
             make_table(sampler, NoiseScheduler(), args.steps, guidance_scale=args.scale, **options)
         except ValueError as error:
             args.usage_error(str(error))
+    return sampler, options
 
 
 def check_output(args):
     """Raises where the pictures could not be written."""
     from keras_sd.png import check_writable
 
+    check_preview(args)
     if args.outdir is not None:
         return check_writable(pathlib.Path(args.outdir) / "00000.png")
     if args.out is not None and not args.out.lower().endswith(".png"):
@@ -322,6 +374,81 @@ def described(args, sd, sampler, seed, image):
         "Eta": args.ddim_eta,
         "Version": f"keras_sd {__version__}",
     }
+
+
+# === --preview ===
+
+
+def check_preview(args):
+    """Raises where the preview could not be written."""
+    from keras_sd.png import check_writable
+
+    if args.preview is not None:
+        if not args.preview.lower().endswith(".png"):
+            args.usage_error(f"--preview must end in .png, which is what is written; got {args.preview!r}")
+        check_writable(args.preview)
+
+
+def watching(args, sd):
+    """The callback that --preview asks for, as an argument: it writes the file about ten times a run."""
+    if args.preview is None:
+        return {}
+
+    def callback(step, num_steps, latent):
+        import numpy as np
+        from PIL import Image
+
+        from keras_sd.weights.files import atomic_file
+
+        if (step + 1) % max(num_steps // 10, 1) == 0 or step + 1 == num_steps:
+            image = Image.fromarray(np.concatenate(sd.preview(latent), axis=1))
+            image = image.resize((sd.factor * image.width, sd.factor * image.height), Image.Resampling.BICUBIC)
+            with atomic_file(args.preview) as file:
+                image.save(file, format="PNG")
+
+    return {"callback": callback}
+
+
+# === interpolate ===
+
+
+def draw_film(args):
+    """interpolate: the frames, as a strip or an animation."""
+    import secrets
+
+    from keras_sd.film import check_film, write_film
+
+    if args.to_prompt is None and args.to_seed is None:
+        args.usage_error("give --to-prompt or --to-seed, which the pictures go to")
+    check_prompts(args.prompt, args.to_prompt, args.negative_prompt)
+    sampler, options = read_sampler(args)
+    check_preview(args)
+    paths = args.out or ["out.png"]
+    for path in paths:
+        check_film(path)
+    sd = open_model(args.ckpt or args.preset, args)
+    seed = secrets.randbits(31) if args.seed is None else args.seed
+    frames = sd.interpolate(
+        args.prompt,
+        args.to_prompt,
+        seed,
+        args.to_seed,
+        args.frames,
+        negative_prompt=args.negative_prompt or None,
+        num_steps=args.steps,
+        unconditional_guidance_scale=args.scale,
+        sampler=sampler,
+        height=args.height,
+        width=args.width,
+        progress=not args.quiet and sys.stderr.isatty(),
+        **options,
+        **watching(args, sd),
+    )
+    parameters = described(args, sd, sampler, seed, frames[0])
+    parameters |= {"To_prompt": args.to_prompt, "To_seed": args.to_seed, "Frames": len(frames)}
+    for path in paths:
+        write_film(path, frames, args.fps, args.prompt, negative_prompt=args.negative_prompt, **parameters)
+        print(f"{path}: seed {seed}", flush=True)
 
 
 # === The model ===
