@@ -33,7 +33,8 @@ def export_saved_models(
         only: names from `MODELS`; by default all but `denoiser`.
         version: integer from 1 on; by default the next that is free for all of them.
         size: (height, width) of the pictures in pixels; None leaves that side open.
-        xla: compile the networks with XLA. A stock TF-Serving on a CPU refuses such models.
+        xla: compile the networks with XLA. TF-Serving refuses such models unless started with
+            `--xla_cpu_compilation_enabled`.
         warmup: batch sizes of the warm-up requests.
         serving_root: where the server will see `out`, for models.config; by default its absolute path.
 

@@ -32,7 +32,7 @@ class Module(tf.Module):
         super().__init__()
         # variables in one flat list: OpenVINO does not find those of nested layers
         self.variables_ = [v.value for part in parts if isinstance(part, keras.Model) for v in part.variables]
-        self.parts_ = [part for part in parts if isinstance(part, tf.Module) and not isinstance(part, keras.Model)]
+        self.parts_ = [part for part in parts if not isinstance(part, keras.Model)]
         self.signatures_ = signatures
 
 
@@ -91,7 +91,10 @@ def text_encoder(sd, size, compiled):
     length = sd.tokenizer.max_length
     run = compiled(lambda tokens: tf.cast(model({"tokens": tokens}), tf.float32))
     unconditional_tokens = tf.constant(sd.tokenizer([""]))
-    config = json.dumps(describe(sd, size))
+    facts = describe(sd, size)
+    texts = [json.dumps(facts), *map(json.dumps, facts.values())]
+    table = tf.lookup.KeyValueTensorInitializer(["", *facts], texts)
+    table = tf.lookup.StaticHashTable(table, "null")
 
     def serving_default(tokens, batch_size):
         checks = _check_shapes(tokens=(tokens, (None, length))) + _check_range("batch_size", batch_size, 1, MAX_BATCH)
@@ -114,9 +117,10 @@ def text_encoder(sd, size, compiled):
         "serving_default": _signature(serving_default, tokens=(tf.int32, [None, length]), batch_size=(tf.int32, [])),
         "encode_prompt": _signature(encode_prompt, prompt=prompt),
         "encode_prompt_bytes": _signature(encode_prompt_bytes, prompt=prompt),
-        "describe": _signature(lambda: {"config": tf.constant(config)}),
+        # by name; "" is all of it. An input, since TF-Serving's REST API refuses signatures that have none.
+        "describe": _signature(lambda names: {"config": table.lookup(names)}, names=(tf.string, [None])),
     }
-    return Module(signatures, model, tokenizer)
+    return Module(signatures, model, tokenizer, table)
 
 
 def describe(sd, size):
@@ -166,7 +170,8 @@ class _Step(Denoiser):
         if "extra" in inputs:
             latent = tf.concat([latent, inputs["extra"]], axis=-1)
         batch, timestep = tf.shape(latent)[0], inputs["row"][:, TIMESTEP]
-        guided = tf.where(tf.reduce_any(guidance != 1.0), batch, 0)
+        working = inputs["row"][:, INPUT_SCALE] != 0.0
+        guided = tf.where(tf.reduce_any(working & (inputs["row"][:, GUIDANCE] != 1.0)), batch, 0)
         both = self._predict(
             tf.concat([latent[:guided], latent], axis=0),
             tf.concat([timestep[:guided], timestep], axis=0),
@@ -230,7 +235,9 @@ class _Loop:
             latent = tf.where(idle, latent, after["latent"])
             return i + 1, latent, tf.where(idle[:, None], history, after["history"])
 
-        rows = tf.shape(steps)[1]
+        # up to the last row that works for anybody: requests are padded with idle rows to be merged
+        working = tf.reduce_any(steps[:, :, INPUT_SCALE] != 0.0, axis=0)
+        rows = tf.reduce_max(tf.concat([[0], tf.where(working, tf.range(tf.size(working)) + 1, 0)], axis=0))
         _, latent, history = tf.while_loop(
             lambda i, latent, history: i < rows, body, (0, latent, history), maximum_iterations=rows
         )

@@ -190,7 +190,8 @@ def test_models_config_names_what_is_there(exported):
 
 
 def test_describe_tells_a_client_all_it_needs(predict, sd):
-    config = json.loads(predict("text_encoder", "describe")["config"])
+    config, steps, nothing = map(json.loads, predict("text_encoder", "describe", names=["", "history", "?"])["config"])
+    assert steps == 5 and nothing is None
     assert config["latent_shape"] == [8, 8, 4] and config["image_size"] == [64, 64] and config["factor"] == 8
     assert config["scheduler"] == sd.checkpoint.scheduler() and config["columns"] == list(COLUMNS)
 
