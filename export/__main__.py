@@ -25,7 +25,12 @@ def build_parser():
     group = parser.add_argument_group("SavedModels").add_argument
     group("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)} (default: all but denoiser)")
     group("--version", type=int, help="version number (default: the next that is free)")
-    group("--xla", action="store_true", default=None, help="compile with XLA; TF-Serving then needs --xla_cpu_compilation_enabled")
+    group(
+        "--xla",
+        action="store_true",
+        default=None,
+        help="compile with XLA; TF-Serving then needs --xla_cpu_compilation_enabled",
+    )
     group("--warmup", type=int, nargs="+", metavar="BATCH", help="batch sizes of the warm-up requests (default: 1)")
     group("--serving-root", help="where the server sees OUT, e.g. /models, for models.config (default: its own path)")
     group = parser.add_argument_group("LiteRT").add_argument
