@@ -50,7 +50,7 @@ def main(arguments=None):
         parser.error(f"--{next(iter(given)).replace('_', '-')} is for --format saved_model; got {options.format}.")
     if options.format != "litert" and options.precision is not None:
         parser.error(f"--precision is for --format litert; got {options.format}. For the others there is --dtype.")
-    if (options.version or 1) < 1 or min(options.warmup or [1]) < 1:
+    if min([options.version if options.version is not None else 1, *(options.warmup or [])]) < 1:
         parser.error("--version and --warmup take integers of at least 1.")
 
     from keras_sd import StableDiffusion

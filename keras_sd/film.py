@@ -61,7 +61,9 @@ def write_film(path, images, fps=8, prompt="", **parameters):
 
 def _encode_mp4(path, images, fps):
     frames = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{images.shape[2]}x{images.shape[1]}", "-r", f"{fps}"]
-    command = ["ffmpeg", "-y", "-loglevel", "error", *frames, "-i", "-", "-pix_fmt", "yuv420p", "-f", "mp4", path]
+    # Players want colour at half the resolution, which needs even sides.
+    output = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", "-f", "mp4", path]
+    command = ["ffmpeg", "-y", "-loglevel", "error", *frames, "-i", "-", *output]
     done = subprocess.run(command, input=images.tobytes(), capture_output=True)
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]

@@ -25,7 +25,7 @@ COMMANDS = {
 }
 SHARED = set(  # what of `python -m keras_sd`'s arguments has a meaning here
     "help prompt prompt_option negative_prompt steps sampler karras ddim_eta scale height width seed n_samples n_iter "
-    "out outdir quiet init_img mask strength".split()
+    "out outdir preview quiet init_img mask strength".split()
 )
 SERVER = "tensorflow_model_server"
 TIMEOUT = 600_000  # milliseconds that a picture may take over REST; the server's own default is 30 s
@@ -69,7 +69,6 @@ def add_drawing(commands, name, text):
     host.add_argument("--ca", metavar="FILE", help="the same, with the certificates to trust (PEM)")
     host.add_argument("--timeout", type=drawing.number(float, 0.001), default=300.0, help="seconds a request may take")
     host.add_argument("--chunk", type=drawing.number(int, 1), default=5, help="steps per request (default 5)")
-    host.add_argument("--preview", metavar="FILE", help="PNG to keep up to date with the picture as it grows")
     command.set_defaults(run=draw_pictures, usage_error=command.error)
 
 
@@ -113,12 +112,8 @@ def draw_pictures(args, others):
     if (args.prompt is None) == (args.prompt_option is None):
         args.usage_error("give one prompt, as an argument or with --prompt")
     prompt = args.prompt if args.prompt is not None else args.prompt_option
-    sampler = "ddim" if args.sampler is None and args.ddim_eta is not None else args.sampler
-    options = {"karras": True} if args.karras else {}
-    options |= {} if args.ddim_eta is None else {"eta": args.ddim_eta}
-    drawing.check_sampler(args, sampler, options)
+    sampler, options = drawing.read_sampler(args)
     drawing.check_output(args)
-    check_preview(args)
     pictures = drawing.open_pictures(args)
     options |= {"strength": args.strength} if pictures else {}
 
@@ -149,16 +144,6 @@ def draw_pictures(args, others):
                 described = drawing.described(args, client, sampler, seed + i, image)
                 path = drawing.write_picture(args, i, image, prompt, described)
                 print(f"{path}: seed {seed + i}", flush=True)
-
-
-def check_preview(args):
-    """Raises where the preview could not be written."""
-    from keras_sd.png import check_writable
-
-    if args.preview is not None:
-        if not args.preview.lower().endswith(".png"):
-            args.usage_error(f"--preview must end in .png, which is what is written; got {args.preview!r}")
-        check_writable(args.preview)
 
 
 def previewer(client, path):

@@ -33,7 +33,9 @@ class Recorder:
     def __getattr__(self, name):
         def method(*args, **kwargs):
             self.calls.append((name, args, kwargs))
-            return np.zeros((kwargs.get("batch_size", 1), 8, 16, 3), "uint8")
+            frames = np.zeros((2 if name == "interpolate" else kwargs.get("batch_size", 1), 8, 16, 3), "uint8")
+            frames[1:] = 255
+            return frames
 
         return method
 
@@ -85,6 +87,13 @@ VALUES = {
     "--out": "other.png",
     "--outdir": "folder",
     "--quiet": None,
+    "--preview": "preview.png",
+    "--variation-strength": "0.25",
+    "--variation-seed": "3",
+    "--to-prompt": "a pear",
+    "--to-seed": "3",
+    "--frames": "3",
+    "--fps": "4",
     "--preset": "a.png",
     "--ckpt": "a.png",
     "--tokenizer": "t",
@@ -100,7 +109,8 @@ VALUES = {
     "--tile": "128",
 }
 REQUIRED = {"txt2img": {}, "img2img": {"--init-img": "a.png"}, "inpaint": {"--init-img": "a.png", "--mask": "b.png"}}
-REQUIRED["upscale"] = {}
+REQUIRED |= {"upscale": {}, "interpolate": {"--to-prompt": "a fig", "--out": "film.gif"}}
+NEEDS = {"--variation-seed": {"--variation-strength": "0.5"}}  # options that make sense beside others alone
 
 
 def options_of(command):
@@ -114,7 +124,11 @@ def without_pictures(args):
     return [x.getpixel((0, 0)) if isinstance(x, Image.Image) else x for x in args]
 
 
-@pytest.mark.parametrize("command", DRAWING)
+def watched(kwargs):
+    return {name: "a callback" if name == "callback" else value for name, value in kwargs.items()}
+
+
+@pytest.mark.parametrize("command", [*DRAWING, "interpolate"])
 def test_every_flag_is_consumed(command, recorder, capsys, monkeypatch):
     """Each option that the parser knows, in each spelling, changes what is drawn or where it is written."""
     monkeypatch.setattr("secrets.randbits", lambda bits: 5)
@@ -127,13 +141,14 @@ def test_every_flag_is_consumed(command, recorder, capsys, monkeypatch):
         flags = [x for pair in (REQUIRED[command] | flags).items() for x in pair if x is not None]
         out = run(command, *prompt, *flags, capsys=capsys)
         shutil.rmtree("folder", ignore_errors=True)
-        return repr((out, [(name, without_pictures(args), kwargs) for name, args, kwargs in recorder]))
+        film = Image.open("film.gif").info if command == "interpolate" and "other.png" not in flags else None
+        return repr((out, film, [(name, without_pictures(args), watched(kwargs)) for name, args, kwargs in recorder]))
 
-    plain = effect({})
     for spellings in options_of(command):
         (value,) = (VALUES[spelling] for spelling in spellings if spelling in VALUES)
-        effects = {effect({spelling: value}) for spelling in spellings}
-        assert len(effects) == 1 and plain not in effects, spellings
+        needs = NEEDS.get(spellings[0], {})
+        effects = {effect(needs | {spelling: value}) for spelling in spellings}
+        assert len(effects) == 1 and effect(needs) not in effects, spellings
 
 
 def test_arguments_of_the_pipeline(recorder, capsys):

@@ -11,6 +11,7 @@ import numpy as np
 import openvino
 import pytest
 import tensorflow as tf
+import urllib3
 from google.protobuf import text_format
 from PIL import Image
 from tensorflow.core.protobuf.config_pb2 import CallableOptions
@@ -22,6 +23,7 @@ from export.__main__ import NAMES, main
 from keras_sd import NoiseScheduler, StableDiffusion, make_table
 from keras_sd.noise import initial_noise
 from keras_sd.samplers import COLUMNS
+from serving.demo import server
 
 ROOT = Path(__file__).parents[1]
 BATCH = None
@@ -544,6 +546,19 @@ def test_any_size_in_half_precision(tmp_path):
     function = tf.saved_model.load(str(tmp_path / "decoder" / "1")).signatures["serving_default"]
     assert function(latent=tf.zeros([2, 5, 7, 4]))["generated_images"].shape == (2, 40, 56, 3)
     assert function.structured_input_signature[1]["latent"].dtype == tf.float32
+
+
+def test_xla_runs_where_the_server_allows_it(tmp_path, sd):
+    """A server refuses compiled functions unless told otherwise, which `python -m serving serve` does for these."""
+    main(["--preset", "emoji", "--out", str(tmp_path), "--only", "decoder", "--xla"])
+    latent, url = initial_noise(7, 1, (8, 8, 4)), "http://localhost:{}/v1/models/decoder:predict"
+    body = json.dumps({"instances": latent.tolist()})
+    with server(tmp_path) as (_, port):
+        reply = urllib3.request("POST", url.format(port), body=body).json()
+        assert alike(np.array(reply["predictions"]), sd.decode(latent))
+    with server(tmp_path, "--xla_cpu_compilation_enabled=false", "--enable_model_warmup=false") as (_, port):
+        reply = urllib3.request("POST", url.format(port), body=body)
+        assert reply.status == 500 and "XLA compilation disabled" in reply.json()["error"]
 
 
 @pytest.mark.parametrize(

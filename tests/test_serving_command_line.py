@@ -29,7 +29,6 @@ SERVED = {
     "--ca": "ca.pem",
     "--timeout": "5",
     "--chunk": "2",
-    "--preview": "preview.png",
 }
 
 

@@ -1,5 +1,6 @@
 """Starts the server: `python -m serving.local --port=8500 --model_config_file=models/models.config`."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -60,6 +61,8 @@ def _serve(options, stopping):
         print(f"TensorFlow ModelServer: keras_sd's local server\nTensorFlow Library: {tf.__version__}")
         return
     _set_parallelism(tf, options)
+    if not options.xla_cpu_compilation_enabled:
+        _disable_xla(tf)
     models = Models(
         _loader(options),
         poll_seconds=options.file_system_poll_wait_seconds,
@@ -122,6 +125,12 @@ def _set_parallelism(tf, options):
     tf.config.threading.set_inter_op_parallelism_threads(
         options.tensorflow_inter_op_parallelism or both or INTER_OP_THREADS
     )
+
+
+def _disable_xla(tf):
+    """Has compiled functions refused, as the real server does: "XLA compilation disabled". For the whole process."""
+    library = ctypes.CDLL(os.path.join(os.path.dirname(tf.__file__), "libtensorflow_cc.so.2"))
+    library["_ZN10tensorflow21DisableXlaCompilationEv"]()  # tensorflow::DisableXlaCompilation(), which has no binding
 
 
 def _loader(options):

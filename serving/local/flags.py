@@ -25,6 +25,7 @@ FLAGS = {
     "tensorflow_session_parallelism": 0,
     "tensorflow_intra_op_parallelism": 0,
     "tensorflow_inter_op_parallelism": 0,
+    "xla_cpu_compilation_enabled": False,
     "grpc_max_threads": 0,
     "grpc_channel_arguments": "",
     "version": False,
