@@ -1,4 +1,4 @@
-"""How long is one cold picture, in units of `import tensorflow`? `python benchmarks/cold_start.py`
+"""How long is one cold picture, in units of `import tensorflow`? `python -m benchmarks.cold_start`
 
 Both commands run as fresh processes, by turns, so that what else the machine does falls on both alike.
 """

@@ -1,6 +1,6 @@
 """Sixteen clients at once against the same pictures one after the other, on the local server with batching on.
 
-python benchmarks/concurrency.py    exports the embedded model to out/served and prints the ratio of the two times
+python -m benchmarks.concurrency    exports the embedded model to out/served and prints the ratio of the two times
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Does the embedded model draw what is asked? `python benchmarks/emoji_score.py`
+"""Does the embedded model draw what is asked? `python -m benchmarks.emoji_score`
 
 Draws captions of trained and of held-out (emoji, background) pairs and looks which clean rendering each picture is
 nearest to (mean squared error at 64×64, over all emoji of the set on the caption's background), and which background

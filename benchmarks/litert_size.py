@@ -1,8 +1,8 @@
 """Sizes of the LiteRT files of SD v1, 512×512: converts models of full size, with random weights.
 
-    python benchmarks/litert_size.py --out /tmp/litert --check
+    python -m benchmarks.litert_size --out /tmp/litert --check
 
-Needs about 6 GB of memory, with --check about 10 GB, and 4 GB of disk.
+Needs about 9 GB of memory, with --check about 11 GB, and 4 GB of disk.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Peak memory of a full-size picture: SD v1's models with random weights. `python benchmarks/memory.py`
+"""Peak memory of a full-size picture: SD v1's models with random weights. `python -m benchmarks.memory`
 
 Prints one JSON line: what was drawn, and the process's peak resident memory in GB (10⁹ bytes).
 """

@@ -1,4 +1,4 @@
-"""Bytes on the wire for one 512×512 picture, by each way to draw it: `python benchmarks/payload.py`
+"""Bytes on the wire for one 512×512 picture, by each way to draw it: `python -m benchmarks.payload`
 
 Counted from the messages themselves, in SD v1's sizes (context 77×768, latent 64×64×4, 25 rows); no model is needed.
 Random numbers stand for tensors, and a photograph-like PNG for the picture. HTTP's own headers are not counted: they

@@ -2,8 +2,10 @@
 
 import base64
 import contextlib
+import functools
 import http.server
 import io
+import itertools
 import json
 import os
 import re
@@ -950,7 +952,7 @@ def local_servers(emoji):
     batching.write_text(re.sub(r"  config \{[^}]*diffusion_model[^}]*\}\n", "", text))
     servers = []
     with contextlib.ExitStack() as stack:
-        for flags in (["--models", folder], [f"--model_config_file={batching}"]):
+        for flags in (["--models", folder], [f"--model_config_file={batching}", "--enable_batching"]):
             ports = free_port(), free_port()
             command = [sys.executable, "-m", "serving", "serve", "--local", *flags]
             command += [f"--port={ports[0]}", f"--rest_api_port={ports[1]}"]
@@ -1000,6 +1002,30 @@ def test_served_pictures_from_pictures_are_those_of_the_pipeline(emoji, local_se
             for method, pictures in (("image_to_image", [image]), ("inpaint", [image, mask])):
                 wanted = getattr(sd, method)(*pictures, PROMPTS, strength=0.7, **arguments)
                 assert_same(getattr(client, method)(*pictures, PROMPTS, strength=0.7, **arguments), wanted)
+
+
+def test_sixteen_clients_at_once_get_their_own_pictures(emoji, local_servers):
+    sd, _ = emoji
+    samplers = ("ddim", "dpmpp_2m", "euler_a", "unipc")
+    jobs = [
+        (f"{subject} on a {ground} background", {"sampler": samplers[i % 4], "num_steps": 5 + i // 2, "seed": i})
+        for i, (ground, subject) in enumerate(
+            itertools.product(
+                ("blue", "red"),
+                ("red apple", "rocket", "ghost", "penguin", "volcano", "panda face", "mushroom", "sailboat"),
+            )
+        )
+    ]
+    wanted = [sd.text_to_image(prompt, progress=False, **options) for prompt, options in jobs]
+
+    def draw(host, job):
+        with Client(host) as client:
+            return client.text_to_image(job[0], progress=False, **job[1])
+
+    for host in (local_servers[0][1], local_servers[1][1]):
+        with futures.ThreadPoolExecutor(len(jobs)) as pool:
+            for found, expected in zip(pool.map(functools.partial(draw, host), jobs), wanted):
+                assert_same(found, expected)
 
 
 def test_killing_a_real_server_in_the_middle_does_not_change_the_picture(emoji, local_servers):
