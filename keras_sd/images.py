@@ -59,7 +59,7 @@ def to_model(image):
 def _open(path, name):
     try:
         image = Image.open(path)
-        if getattr(image, "n_frames", 1) > 1:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's JPEG, its previews after it
             raise ValueError(f"{name}: {str(path)!r} is an animation of {image.n_frames} pictures; give one of them.")
         image.load()
         return image

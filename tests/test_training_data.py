@@ -211,6 +211,15 @@ def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):
         assert rejected[outside] == "names no file inside the data set"
 
 
+def test_phone_pictures_with_previews_are_pictures(tmp_path):
+    picture(0, 40, 48).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture(1, 16, 16)])
+    frames = [picture(0), picture(1)]
+    frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:])
+    examples, rejected = read_examples(tmp_path, caption="holidays")
+    assert [(one.name, one.height, one.width) for one in examples] == [("a.jpg", 40, 48)]
+    assert rejected[0][0] == "b.gif" and "is an animation of 2 pictures" in rejected[0][1]
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [
@@ -639,12 +648,13 @@ beam = pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reaso
 def test_beam_writes_the_same_cache(cached, sd, tmp_path):
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    pictures, folder, _ = cached
+    pictures, folder, cache = cached
     options = PipelineOptions(["--runner=DirectRunner"])
-    build_latent_cache(tmp_path, pictures, sd, items_per_file=8, batch_size=3, beam_options=options)
-    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in folder.iterdir()}
-    for file in folder.iterdir():
-        assert (tmp_path / file.name).stat().st_size == file.stat().st_size
+    made = build_latent_cache(tmp_path, pictures, sd, items_per_file=8, batch_size=3, beam_options=options)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}
+    for one, other in zip(arrays(batches(made, 3)), arrays(batches(cache, 3))):
+        for name in one:
+            np.testing.assert_allclose(one[name], other[name], atol=1e-5)
 
 
 @beam

@@ -70,17 +70,17 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
 
     def examples(self):
         """The examples of the data set, whose pictures are read from it; `download_and_prepare` comes before."""
-        source = self.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+        folder = str(self.data_path)
         return [
             Example(
                 row["name"].decode(),
-                functools.partial(_stored, source, i),
+                functools.partial(_stored, folder, i),
                 tuple(text.decode() for text in row["captions"]),
                 int(row["height"]),
                 int(row["width"]),
                 bool(row["prior"]),
             )
-            for i, row in enumerate(source)
+            for i, row in enumerate(_source(folder))
         ]
 
 
@@ -116,5 +116,12 @@ def _encoded(example):
     return data.getvalue()
 
 
-def _stored(source, i):
-    return Image.open(io.BytesIO(source[i]["image"]))
+@functools.lru_cache(8)
+def _source(folder):
+    """The rows of a finished data set, pictures as the bytes of their files."""
+    builder = tfds.builder_from_directory(folder)
+    return builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def _stored(folder, i):
+    return Image.open(io.BytesIO(_source(folder)[i]["image"]))
