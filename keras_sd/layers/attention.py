@@ -6,40 +6,53 @@ import keras
 from keras import ops
 
 from keras_sd.layers.group_norm import GroupNorm
+from keras_sd.layers.recompute import maybe_recomputed
 
-# Above this many scores the queries are taken in chunks: 4096 queries × 4096 keys × 16 heads would be 1 GB in float32.
+# The most scores that are held at once: 4096 queries × 4096 keys × 16 heads would be 1 GB in float32, these are 134 MB.
 MAX_SCORES = 2**25
 
 
 def dot_product_attention(query, key, value, is_causal=False):
     """Scaled dot-product attention, softmax in float32.
 
-    JAX and torch use the fused kernel that Keras exposes. Elsewhere the score matrix is computed in chunks of queries
-    once it would hold more than `MAX_SCORES` numbers (Rabe & Staats, 2021, arXiv 2112.05682; here only the queries
-    are split, so that the softmax stays exact).
+    The fused kernels that Keras exposes on JAX and torch are used where they can be. Elsewhere the queries are taken in
+    chunks once the score matrix would hold more than `MAX_SCORES` numbers (Rabe & Staats, 2021, arXiv 2112.05682; here
+    only the queries are split, so that the softmax stays exact). A batch of unknown size counts as one, unless the
+    picture's size is unknown as well.
 
     Args:
         query: (B, N, heads, head_dim).
         key, value: (B, M, heads, head_dim).
-        is_causal: position i sees positions 0 … i only.
+        is_causal: position i sees positions 0 … i only; never chunked.
 
     Returns:
         (B, N, heads, head_dim), in the dtype of `query`.
 
     Reference: Vaswani et al. (2017), arXiv 1706.03762, equation 1.
     """
-    if keras.backend.backend() in ("jax", "torch"):
-        return ops.dot_product_attention(query, key, value, is_causal=is_causal)
+    attended = _fused(query, key, value, is_causal)
+    if attended is not None:
+        return attended
     query, key, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
     query = query * ops.cast(1 / math.sqrt(query.shape[-1]), query.dtype)
     key = ops.transpose(key, (0, 1, 3, 2))
-    chunks = [query] if is_causal else _query_chunks(query, key)
-    attended = [_attend(chunk, key, value, is_causal) for chunk in chunks]
-    attended = attended[0] if len(attended) == 1 else ops.concatenate(attended, axis=2)
+    attended = _attend(query, key, value, True) if is_causal else _attend_in_chunks(query, key, value)
     return ops.transpose(attended, (0, 2, 1, 3))
 
 
-def _attend(query, key, value, is_causal):
+def _fused(query, key, value, is_causal):
+    """The backend's own kernel, which never holds the scores; None where it has none for these tensors."""
+    if keras.backend.backend() == "torch":
+        return ops.dot_product_attention(query, key, value, is_causal=is_causal)
+    if keras.backend.backend() == "jax":
+        try:
+            return ops.dot_product_attention(query, key, value, is_causal=is_causal, flash_attention=True)
+        except Exception:  # whichever it is of Keras' checks: no GPU, an old one, no cuDNN, a dtype or width it lacks
+            return None
+    return None
+
+
+def _attend(query, key, value, is_causal=False):
     scores = ops.cast(ops.matmul(query, key), "float32")
     if is_causal:
         positions = ops.arange(scores.shape[-1])
@@ -47,14 +60,26 @@ def _attend(query, key, value, is_causal):
     return ops.matmul(ops.cast(ops.softmax(scores, axis=-1), value.dtype), value)
 
 
-def _query_chunks(query, key):
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[-1]
-    if None in (queries, keys):
-        return [query]
-    count = math.ceil((batch or 1) * heads * queries * keys / MAX_SCORES)
-    size = math.ceil(queries / min(count, queries))
-    return [query[:, :, start : start + size] for start in range(0, queries, size)]
+def _attend_in_chunks(query, key, value):
+    """query (B, heads, N, d), scaled; key (B, heads, d, M); value (B, heads, M, d) → (B, heads, N, d)."""
+    known = None not in (query.shape[2], key.shape[3])
+    batch, heads, queries, _ = query.shape if known else ops.shape(query)
+    size = MAX_SCORES // ((batch or 1) * heads * (key.shape[3] if known else ops.shape(key)[3])) + 1
+    count = -(-queries // size)
+    size = -(-queries // count)  # of all chunks alike: the last is filled up
+
+    # A queue: chunks leave at the front, results join at the end. So each waits for the one before; side by side, on a
+    # machine of many cores, they would hold all scores at once.
+    def step(_, queue):
+        return ops.concatenate([queue[:, :, size:], _attend(queue[:, :, :size], key, value)], axis=2)
+
+    queue = ops.concatenate([query, query[:, :, : count * size - queries]], axis=2)
+    if known:
+        for i in range(count):
+            queue = step(i, queue)
+    else:
+        queue = ops.fori_loop(0, count, step, queue)
+    return queue[:, :, :queries]
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
@@ -195,6 +220,8 @@ class SpatialTransformer(keras.layers.Layer):
     Reference: Rombach et al. (2022), arXiv 2112.10752, appendix E.2.1.
     """
 
+    gradient_checkpointing = False
+
     def __init__(self, dim, num_heads, groups=32, use_linear_projection=False, only_cross_attention=False, **kwargs):
         super().__init__(**kwargs)
         self.dim, self.use_linear_projection = dim, use_linear_projection
@@ -218,6 +245,9 @@ class SpatialTransformer(keras.layers.Layer):
         return x_shape
 
     def call(self, x, context):
+        return maybe_recomputed(self, self._forward, x, context)
+
+    def _forward(self, x, context):
         height, width = ops.shape(x)[1:3]
         hidden = ops.reshape(self.proj_in(self.norm(x)), (-1, height * width, self.dim))
         hidden = ops.reshape(self.block(hidden, context), (-1, height, width, self.dim))

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_sd.layers.group_norm import GroupNorm
+from keras_sd.layers.recompute import maybe_recomputed
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
@@ -25,6 +26,8 @@ class ResnetBlock(keras.layers.Layer):
 
     Reference: Ho et al. (2020), arXiv 2006.11239, appendix B.
     """
+
+    gradient_checkpointing = False
 
     def __init__(self, filters, groups=32, epsilon=1e-5, time=False, **kwargs):
         super().__init__(**kwargs)
@@ -55,6 +58,9 @@ class ResnetBlock(keras.layers.Layer):
         return (*x_shape[:-1], self.filters)
 
     def call(self, x, time_embedding=None):
+        return maybe_recomputed(self, self._forward, x, time_embedding)
+
+    def _forward(self, x, time_embedding=None):
         hidden = self.conv1(ops.silu(self.norm1(x)))
         if self.time_emb_proj:
             hidden = hidden + self.time_emb_proj(ops.silu(time_embedding))[:, None, None]
