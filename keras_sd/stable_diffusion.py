@@ -2,6 +2,7 @@
 
 import functools
 import numbers
+import pathlib
 import secrets
 
 import keras
@@ -10,6 +11,7 @@ from PIL import Image
 
 from keras_sd.denoiser import Denoiser
 from keras_sd.images import fit, read_image, to_model
+from keras_sd.lora import Adapters, add_lora, lora_factors, remove_lora, target_layers
 from keras_sd.noise import initial_noise, lerp, row_noise, seeds_of, slerp
 from keras_sd.presets import locate
 from keras_sd.preview import clean_latent, fit_model, read_map, to_rgb
@@ -17,6 +19,7 @@ from keras_sd.prompts import as_list, by_row, emphasize, padded, segments, token
 from keras_sd.samplers import SamplerTable, make_table
 from keras_sd.scheduler_config import read_scheduler_config
 from keras_sd.super_resolution import enlarge
+from keras_sd.weights.lora import write_lora
 from keras_sd.weights.rrdbnet import read_rrdbnet
 
 
@@ -159,6 +162,88 @@ class StableDiffusion:
             dtype,
             self.checkpoint.upscaler(),
         )
+
+    # === LoRA ===
+
+    def load_lora(self, path, scale=1.0, name=None):
+        """Merges a LoRA into the weights of the U-Net and the text encoder; several add up.
+
+        Args:
+            path: a file or folder in the naming of kohya, diffusers or PEFT; see `keras_sd.weights.lora`.
+            scale: how much of it, any number.
+            name: what to call it afterwards; by default the file's name without its ending, or the folder's.
+
+        Returns:
+            its name.
+
+        Raises:
+            FileNotFoundError, ValueError: nothing is there, it is no LoRA, or one for another architecture (the first
+                key that does not fit is named); or the name is taken. No weight is changed then. Keys that say
+                nothing about a layer are listed in a warning.
+        """
+        path = pathlib.Path(path)
+        name = (path.stem if path.is_file() else path.name) if name is None else name
+        self._adapters.load(path, scale, name)
+        self._forget_step()
+        return name
+
+    def set_lora_scale(self, name, scale):
+        """Changes how much of a loaded LoRA is in the weights."""
+        self._adapters.set_scale(name, scale)
+        self._forget_step()
+
+    def unload_lora(self, name=None):
+        """Takes a LoRA out, or all, and factors to train with it: the weights are what they were, bit for bit."""
+        self._adapters.unload(name)
+        self._forget_step(traces=name is None and self._remove_factors())
+
+    def fuse_lora(self):
+        """Makes what is loaded, or was trained, a part of the weights, from which nothing takes it out any more."""
+        self._adapters.fuse()
+        self._forget_step(traces=self._remove_factors(fuse=True))
+
+    def add_lora(self, rank=8, alpha=None, targets=("attention",), text_encoder=False, seed=0):
+        """Adds trainable factors to the U-Net, and with `text_encoder` to the text encoder, and freezes all else.
+
+        Args:
+            rank, alpha, targets, seed: as in `keras_sd.lora.add_lora`; the text encoder gets the targets that it has.
+
+        Returns:
+            number of layers that have factors now.
+        """
+        layers = add_lora(self.diffusion_model, rank, alpha, targets, seed)
+        if text_encoder:
+            targets = [target for target in targets if target_layers(self.text_encoder, target)]
+            layers += add_lora(self.text_encoder, rank, alpha, targets, seed + len(layers))
+        self._forget_step(traces=True)
+        return len(layers)
+
+    def save_lora(self, path, naming="kohya", dtype="float32"):
+        """Writes the factors that `add_lora` added; see `keras_sd.weights.lora.write_lora`."""
+        models = {"unet": self.diffusion_model, "text_encoder": self.text_encoder}
+        factors = {(c, layer): f for c, model in models.items() for layer, f in lora_factors(model).items()}
+        if not factors:
+            raise ValueError("There are no LoRA factors to save: add_lora adds them.")
+        write_lora(path, factors, naming, dtype)
+
+    @property
+    def loras(self):
+        """dict name → scale of the loaded LoRAs."""
+        return dict(self._adapters.scales)
+
+    @functools.cached_property
+    def _adapters(self):
+        return Adapters({"unet": lambda: self.diffusion_model, "text_encoder": lambda: self.text_encoder})
+
+    def _remove_factors(self, fuse=False):
+        """Takes the factors of `add_lora` out of the models that are loaded; returns whether there were any."""
+        loaded = [self.__dict__[name] for name in ("diffusion_model", "text_encoder") if name in self.__dict__]
+        return any([remove_lora(model, fuse) for model in loaded])
+
+    def _forget_step(self, traces=False):
+        """The compiled step knows variables that are no longer used; OpenVINO's knows the values of all."""
+        if traces or keras.backend.backend() == "openvino":
+            self.__dict__.pop("_denoiser", None)
 
     # === Text to image ===
 

@@ -12,6 +12,8 @@ SUFFIXES = {"kernel": "weight", "gamma": "weight", "embeddings": "weight", "beta
 def state_dict_key(variable):
     """The state-dict key of a Keras variable."""
     *layers, suffix = variable.path.split("/")
+    if suffix.startswith("lora_"):
+        raise ValueError(f"The format holds no LoRA factors ({variable.path}): fuse_lora() or unload_lora() first.")
     return ".".join([*layers, SUFFIXES[suffix]])
 
 
