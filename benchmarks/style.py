@@ -1,16 +1,16 @@
-"""The style experiment: the embedded model learns another hand of drawings, Fluent's black icons.
+"""The style experiment: the embedded model learns another hand of drawings, Fluent's flat emoji.
 
     pip install resvg_py
-    python -m benchmarks.style pictures runs/style    draws the data set: 500 pictures to learn, 20 that stay unseen
-    python finetune.py --pretrained_ckpt emoji --dataset_archive runs/style/learn … --out runs/full
-    python -m benchmarks.style score runs/style emoji runs/full
+    python -m benchmarks.style pictures runs/style    draws the data set: 500 pictures
+    python finetune.py --preset emoji --dataset_archive runs/style/learn … --out runs/full
+    python -m benchmarks.style score runs/style emoji runs/full/preset
 
-Each emoji of the 20 prompts is unseen in the new style. `score` draws them with every preset given and prints the mean
-distance (root mean square difference of the pixels, 0 … 255) to the new style's rendering of that emoji, and of how
-many the nearest of all the style's renderings on that background is the right one. LoRA files follow a preset's name
-after a comma: `emoji,runs/lora/lora.safetensors`.
+Of 250 emoji two backgrounds are learnt. Two kinds of 20 prompts are unseen in the new style: learnt emoji on another
+background, and emoji that were not learnt at all. `score` draws them with every model given and prints the mean
+distance (root mean square difference of the pixels, 0 … 255) to the new style's rendering, and of how many pictures the
+nearest of all the style's renderings on that background is the right one. `emoji,FILE` is a preset with a LoRA.
 
-The icons are Microsoft's Fluent emoji (MIT licence), from the npm package @iconify-json/fluent-emoji-high-contrast.
+The emoji are Microsoft's Fluent emoji (MIT licence), from the npm package @iconify-json/fluent-emoji-flat.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from keras_sd.png import write_png
 from keras_sd.presets import locate
 from keras_sd.training.emoji_pictures import SIZES, caption
 
-PACKAGE = "@iconify-json/fluent-emoji-high-contrast@1.2.6"
+PACKAGE = "@iconify-json/fluent-emoji-flat@1.2.6"
 SIDE = 64
-LEARN, UNSEEN = 500, 20
+LEARNT, COUNT = 250, 20
 
 
-def read_icons(characters):
+def read_drawings(characters):
     """{name: RGBA picture, cropped to its ink and square} of those characters that the package has."""
     import resvg_py
 
@@ -48,7 +48,7 @@ def read_icons(characters):
         icon = icons["icons"].get(codes.get(f"{ord(character):x}", codes.get(f"{ord(character):x}-fe0f")))
         if icon is not None:
             box = f"0 0 {icon.get('width', side)} {icon.get('height', side)}"
-            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" color="black">{icon["body"]}</svg>'
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
             picture = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=160)))).convert("RGBA")
             ink = picture.crop(picture.getbbox())
             square = Image.new("RGBA", (max(ink.size), max(ink.size)))
@@ -67,51 +67,54 @@ def render(drawing, background):
 
 
 def draw_pictures(folder):
-    """Writes `learn/` (pictures and data.csv), and `unseen/`: every icon on every background, and prompts.json."""
+    """Writes `learn/` (pictures, data.csv), `prompts.json`, and `renderings.npz`: every emoji on every background."""
     known = json.loads((locate("emoji") / "captions.json").read_text())
-    backgrounds = {
-        name: rgb for name, rgb in known["backgrounds"].items() if name != "black"
-    }  # black ink on it is none
-    drawings = read_icons(known["emoji"])
+    backgrounds, drawings = known["backgrounds"], read_drawings(known["emoji"])
     random = np.random.default_rng(0)
     names = [str(name) for name in random.permutation(sorted(drawings))]
-    unseen, seen = names[:UNSEEN], names[UNSEEN:]
-    pairs = [(name, str(ground)) for name in seen for ground in random.permutation(list(backgrounds))[:2]][:LEARN]
+    grounds = {name: [str(ground) for ground in random.permutation(list(backgrounds))] for name in names}
     (folder / "learn").mkdir(parents=True)
     with open(folder / "learn" / "data.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image_path", "caption"])
-        for i, (name, ground) in enumerate(pairs):
-            write_png(folder / "learn" / f"{i:03d}.png", render(drawings[name], backgrounds[ground]), caption(name, ground))
-            table.writerow([f"{i:03d}.png", caption(name, ground)])
-    prompts = [[name, str(ground)] for name, ground in zip(unseen, random.choice(list(backgrounds), UNSEEN))]
-    renderings = np.stack([[render(drawings[name], rgb) for rgb in backgrounds.values()] for name in names])
-    np.savez_compressed(folder / "unseen.npz", names=names, backgrounds=list(backgrounds), renderings=renderings)
+        for i, (name, ground) in enumerate((x, ground) for x in names[:LEARNT] for ground in grounds[x][:2]):
+            text = caption(name, ground)
+            write_png(folder / "learn" / f"{i:03d}.png", render(drawings[name], backgrounds[ground]), text)
+            table.writerow([f"{i:03d}.png", text])
+    chosen = {"learnt emoji": names[:LEARNT][:COUNT], "other emoji": names[LEARNT:][:COUNT]}
+    prompts = {kind: [[name, grounds[name][2]] for name in names] for kind, names in chosen.items()}
     (folder / "prompts.json").write_text(json.dumps(prompts, indent=1))
+    renderings = np.stack([[render(drawings[name], rgb) for rgb in backgrounds.values()] for name in names])
+    np.savez_compressed(folder / "renderings.npz", names=names, backgrounds=list(backgrounds), renderings=renderings)
 
 
-def score(images, folder):
+def open_renderings(folder):
+    """A function (name, background) → uint8 (64, 64, 3), and the list of names."""
+    style = np.load(folder / "renderings.npz")
+    names, backgrounds, renderings = list(style["names"]), list(style["backgrounds"]), style["renderings"]
+    return lambda name, ground: renderings[names.index(name), backgrounds.index(ground)], names
+
+
+def score(images, pairs, folder):
     """(mean distance to the style's renderings, part of the pictures whose nearest rendering is the right one)."""
-    style = np.load(folder / "unseen.npz")
-    names, backgrounds = list(style["names"]), list(style["backgrounds"])
+    rendering, names = open_renderings(folder)
     distances, right = [], 0
-    for image, (name, ground) in zip(images, json.loads((folder / "prompts.json").read_text())):
-        candidates = style["renderings"][:, backgrounds.index(ground)].astype("float64")
-        distance = np.sqrt(np.square(candidates - image).mean((1, 2, 3)))
-        distances.append(distance[names.index(name)])
-        right += names[int(np.argmin(distance))] == name
+    for image, (name, ground) in zip(images, pairs):
+        distance = {x: np.sqrt(np.square(rendering(x, ground) - image.astype("float64")).mean()) for x in names}
+        distances.append(distance[name])
+        right += min(distance, key=distance.get) == name
     return float(np.mean(distances)), right / len(images)
 
 
-def draw(model, folder, num_steps=25, scale=3.0):
-    """The 20 prompts, drawn by a preset, or by one with a LoRA: "PRESET,LORA"."""
+def draw(model, pairs, num_steps=25, scale=2.0):
+    """The prompts, drawn by a preset, or by one with a LoRA: "PRESET,LORA"."""
     from keras_sd import StableDiffusion
 
     preset, *lora = model.split(",")
     sd = StableDiffusion.from_preset(preset)
     for path in lora:
         sd.load_lora(path)
-    prompts = [caption(name, ground) for name, ground in json.loads((folder / "prompts.json").read_text())]
+    prompts = [caption(name, ground) for name, ground in pairs]
     return sd.text_to_image(prompts, num_steps=num_steps, unconditional_guidance_scale=scale, seed=0, progress=False)
 
 
@@ -122,19 +125,23 @@ def main():
     command = commands.add_parser("score")
     command.add_argument("folder", type=pathlib.Path)
     command.add_argument("models", nargs="+", help="presets, the first is the base; PRESET,LORA with a LoRA")
-    command.add_argument("--out", help="PNG: a row of pictures per model")
+    command.add_argument("--out", help="PNG: a row of pictures per model, and one of renderings in the style")
     args = parser.parse_args()
     if args.command == "pictures":
         return draw_pictures(args.folder)
-    rows, base = [], None
-    for model in args.models:
-        images = draw(model, args.folder)
-        distance, right = score(images, args.folder)
-        base = base or distance
-        print(f"{model}: distance {distance:.1f} ({distance / base - 1:+.0%}), nearest is the right one {right:.0%}")
-        rows.append(np.concatenate(images, axis=1))
+    rendering, _ = open_renderings(args.folder)
+    sheets = []
+    for kind, pairs in json.loads((args.folder / "prompts.json").read_text()).items():
+        rows, base = [], None
+        for model in args.models:
+            rows.append(draw(model, pairs))
+            distance, right = score(rows[-1], pairs, args.folder)
+            base = base or distance
+            print(f"{kind}, {model}: distance {distance:.1f} ({distance / base - 1:+.0%}), right {right:.0%}")
+        rows.append([rendering(*pair) for pair in pairs])
+        sheets += [np.concatenate(row, axis=1) for row in rows]
     if args.out:
-        write_png(args.out, np.concatenate(rows), "")
+        write_png(args.out, np.concatenate(sheets), "")
 
 
 if __name__ == "__main__":
