@@ -54,9 +54,10 @@ def add_lora(model, rank=8, alpha=None, targets=("attention",), seed=0):
         raise ValueError(f"The {model.name} has LoRA factors already; fuse or remove them first.")
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     matched = {target: target_layers(model, target) for target in targets}
-    if unmatched := [target for target, names in matched.items() if not names] or not targets:
+    unmatched = [target for target, names in matched.items() if not names]
+    if unmatched or not targets:
         known = ", ".join(TARGETS)
-        raise ValueError(f"targets: {unmatched!r} match no layer of the {model.name}; known names: {known}.")
+        raise ValueError(f"targets: {unmatched!r} matches no layer of the {model.name}; known names: {known}.")
     names = {name for names in matched.values() for name in names}
     chosen = {name: layer for name, layer in kernel_layers(model).items() if name in names}
     model.trainable = True

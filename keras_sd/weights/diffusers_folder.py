@@ -4,13 +4,12 @@ Reference: the configs and state dicts of diffusers 0.42 and transformers 5, and
 of their fields.
 """
 
-import json
 import pathlib
 import re
 
 from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
 from keras_sd.weights.assign import assign_state_dict, to_state_dict
-from keras_sd.weights.files import atomic_file, read_arrays, write_safetensors
+from keras_sd.weights.files import read_arrays, read_json, write_json, write_safetensors
 
 COMPONENTS = ("text_encoder", "unet", "vae")
 
@@ -368,22 +367,6 @@ def write_folder(
             "watermarker": [None, None],
         }
     write_json(folder / "model_index.json", index)
-
-
-def read_json(path):
-    """Reads a JSON file; a missing or damaged one is an error that names it."""
-    try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{str(path)!r} is missing.") from None
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}.") from None
-
-
-def write_json(path, value):
-    """Writes a JSON file under a temporary name and renames it."""
-    with atomic_file(path) as part:
-        part.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _require(config, component, **allowed):

@@ -305,3 +305,22 @@ def write_safetensors(path, arrays, metadata=None):
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
             file.write(np.ascontiguousarray(array).view("uint8").data if array.ndim else array.tobytes())
+
+
+# === JSON ===
+
+
+def read_json(path):
+    """Reads a JSON file; a missing or damaged one is an error that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{str(path)!r} is missing.") from None
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}.") from None
+
+
+def write_json(path, value):
+    """Writes a JSON file under a temporary name and renames it."""
+    with atomic_file(path) as part:
+        part.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -20,8 +20,9 @@ import pathlib
 import re
 
 import numpy as np
+import safetensors
 
-from keras_sd.weights.files import atomic_file, read_arrays, write_safetensors
+from keras_sd.weights.files import read_arrays, read_json, write_json, write_safetensors
 from keras_sd.weights.single_file import unet_names
 
 COMPONENTS = ("unet", "text_encoder")
@@ -85,27 +86,27 @@ def sort_keys(keys, table):
         table: from `module_table`.
 
     Returns:
-        dict (component, layer) → dict part → key, and the list of the keys that say nothing about a layer.
-
-    Raises:
-        ValueError: a key names a layer that the models do not have, or something of a layer that is not understood, or
-            there are several for one part; the message names the first.
+        dict (component, layer) → dict part → key; dict key → what is wrong with it, for those that are of a layer that
+        the models do not have, of an adapter that is not understood, or there twice; and the list of the keys that say
+        nothing about a layer.
     """
-    layers, unknown = {}, []
+    layers, misfits, unknown = {}, {}, []
     for key in keys:
         found = _KEY.fullmatch(key)
         if found is None:
-            if not table.keys().isdisjoint(_beginnings(key)):
-                raise ValueError(f"{key} is of an adapter that is not supported; LoRA, LoCon and LoHa are.")
-            unknown.append(key)
+            if table.keys().isdisjoint(_beginnings(key)):
+                unknown.append(key)
+            else:
+                misfits[key] = "is of an adapter that is not supported; LoRA, LoCon and LoHa are"
             continue
         layer = table.get(found["module"])
         if layer is None:
-            raise ValueError(f"{key} is of a layer that the models do not have: it is for another architecture.")
+            misfits[key] = "is of a layer that the models do not have: it is for another architecture"
+            continue
         part = next(part for pattern, part in _PARTS.items() if re.fullmatch(pattern, found["part"]))
         if layers.setdefault(layer, {}).setdefault(part, key) != key:
-            raise ValueError(f"{key} and {layers[layer][part]} are the same part of the same layer.")
-    return layers, unknown
+            misfits[key] = f"and {layers[layer][part]} are the same part of the same layer"
+    return layers, misfits, unknown
 
 
 def _beginnings(key):
@@ -116,48 +117,63 @@ def _beginnings(key):
 # === Factors ===
 
 
-def layer_factors(parts, keys, shape, alpha=None, use_rslora=False):
-    """The factors of one layer, checked and scaled.
+def check_layer(parts, keys, shape):
+    """What is wrong with the parts of one layer.
 
     Args:
         parts: dict part → array.
-        keys: dict part → the file's name for it, for errors.
+        keys: dict part → the file's name for it.
         shape: of the layer's weight in torch's layout, (out, in) or (out, in, height, width).
+
+    Returns:
+        dict key → what is wrong with it; empty where nothing is.
+    """
+    hada = not _HADA.isdisjoint(parts)
+    needed = _HADA | ({"t1", "t2"} if {"t1", "t2"} & parts.keys() else set()) if hada else {"down", "up"}
+    others = [keys[part] for part in sorted(parts, key="alpha".__eq__)]
+    if missing := sorted(needed - parts.keys()):
+        return {others[0]: f"is there, but {' and '.join(missing)} of the same layer is missing"}
+    if extra := sorted(parts.keys() - needed - ({"alpha"} if hada else {"alpha", "mid"})):
+        return {keys[extra[0]]: f"does not go with {others[0]}: they are parts of different adapters"}
+    misfits = {}
+    for part, wanted in _factor_shapes(parts, shape).items():
+        if _squeezed(parts[part].shape) != _squeezed(wanted):
+            misfits[keys[part]] = (
+                f"has shape {parts[part].shape}; a layer with a weight of shape {tuple(shape)} needs {wanted}: "
+                "it is for another architecture"
+            )
+    return misfits
+
+
+def layer_factors(parts, shape, alpha=None, use_rslora=False):
+    """The factors of one layer, scaled.
+
+    Args:
+        parts: dict part → array, in which `check_layer` found nothing wrong.
+        shape: of the layer's weight in torch's layout.
         alpha: of the adapter's config, for files that do not hold it themselves; by default the rank.
         use_rslora: divide alpha by √rank rather than by the rank (Kalajdzievski, 2023, arXiv 2312.03732).
 
     Returns:
-        dict of float32 arrays `down`, `up`, perhaps `mid`; or `w1_a` … `w2_b`, perhaps `t1`, `t2`; the first one
+        dict of float32 arrays `down`, `up`, perhaps `mid`; or `w1_a` … `w2_b`, perhaps `t1`, `t2`; one of them
         multiplied by alpha / rank. See `delta`.
-
-    Raises:
-        ValueError: a part is missing or has another shape than the layer needs; the message names its key.
     """
-    hada = not _HADA.isdisjoint(parts)
-    first = next(iter(keys.values()))
-    needed = _HADA | ({"t1", "t2"} & parts.keys() and {"t1", "t2"}) if hada else {"down", "up"}
-    if missing := sorted(needed - parts.keys()):
-        raise ValueError(f"{first} is there, but {' and '.join(missing)} of the same layer is missing.")
-    if extra := sorted(parts.keys() - needed - ({"alpha"} if hada else {"alpha", "mid"})):
-        raise ValueError(f"{keys[extra[0]]} does not go with {first}: they are parts of different adapters.")
-    rank = next(iter(parts["w1_b" if hada else "down"].shape), 0)
-    expected = _factor_shapes(parts, rank, shape)
-    for part, wanted in expected.items():
-        if _squeezed(parts[part].shape) != _squeezed(wanted):
-            raise ValueError(
-                f"{keys[part]} has shape {parts[part].shape}; a layer with a weight of shape {tuple(shape)} needs "
-                f"{wanted}: it is for another architecture."
-            )
-    factors = {part: np.asarray(parts[part], "float32").reshape(wanted) for part, wanted in expected.items()}
+    shapes = _factor_shapes(parts, shape)
+    factors = {part: np.asarray(parts[part], "float32").reshape(wanted) for part, wanted in shapes.items()}
     alpha = float(np.asarray(parts["alpha"], "float32").reshape(())) if "alpha" in parts else alpha
-    scale = 1.0 if alpha is None else alpha / max(math.sqrt(rank) if use_rslora else rank, 1)
-    scaled = "w1_a" if hada else "up"
+    rank = max(_rank(parts), 1)
+    scale = 1.0 if alpha is None else alpha / (math.sqrt(rank) if use_rslora else rank)
+    scaled = "up" if "up" in factors else "w1_a"
     return factors | {scaled: factors[scaled] * np.float32(scale)}
 
 
-def _factor_shapes(parts, rank, shape):
+def _rank(parts):
+    return next(iter(parts["down" if "down" in parts else "w1_b"].shape), 0)
+
+
+def _factor_shapes(parts, shape):
     """The shape of each part, for a layer with a weight of a shape."""
-    (out, width), kernel = shape[:2], tuple(shape[2:])
+    (out, width), kernel, rank = shape[:2], tuple(shape[2:]), _rank(parts)
     ones = (1,) * len(kernel)
     if "down" in parts:
         middle = {"mid": (rank, rank, *kernel)} if "mid" in parts else {}
@@ -221,16 +237,18 @@ def read_lora(path, shapes, table):
     """
     factors, unknown = {}, []
     for file in lora_files(path):
-        arrays = read_arrays(file)
-        try:
-            configs = _configs(file)
-            layers, others = sort_keys(arrays, table)
-            for (component, layer), keys in layers.items():
-                parts = {part: arrays[key] for part, key in keys.items()}
+        arrays, configs = read_arrays(file), _configs(file)
+        layers, misfits, others = sort_keys(arrays, table)
+        for (component, layer), keys in layers.items():
+            parts, shape = {part: arrays[key] for part, key in keys.items()}, shapes[component][layer]
+            if found := check_layer(parts, keys, shape):
+                misfits |= found
+            elif not misfits:
                 options = _layer_config(configs.get(component, {}), layer)
-                factors[component, layer] = layer_factors(parts, keys, shapes[component][layer], **options)
-        except ValueError as error:
-            raise ValueError(f"{str(file)!r}: {error}") from None
+                factors[component, layer] = layer_factors(parts, shape, **options)
+        for key in arrays:
+            if key in misfits:
+                raise ValueError(f"{str(file)!r}: {key} {misfits[key]}.")
         unknown += others
     if not factors:
         raise ValueError(f"{str(path)!r} holds no LoRA: {unknown[0]} says nothing about a layer.")
@@ -273,23 +291,17 @@ def find_lora(folder, name):
 
 def _configs(file):
     """dict component → PEFT config, from the file beside it or its metadata."""
-    if file.stem == "adapter_model" and (path := file.with_name("adapter_config.json")).is_file():
-        try:
-            config = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is not valid JSON: {error}.") from None
-        return dict.fromkeys(COMPONENTS, config)
-    if file.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(file, framework="np") as opened:
-        flat = json.loads((opened.metadata() or {}).get(METADATA) or "{}")
-    split = {component: f"{component}." for component in COMPONENTS}
-    return {
-        component: {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
-        for component, prefix in split.items()
-    }
+    beside, flat = file.with_name("adapter_config.json"), "{}"
+    if file.stem == "adapter_model" and beside.is_file():
+        return dict.fromkeys(COMPONENTS, read_json(beside))
+    if file.suffix == ".safetensors":
+        with safetensors.safe_open(file, framework="np") as opened:
+            flat = (opened.metadata() or {}).get(METADATA, flat)
+    try:
+        items = json.loads(flat).items()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{str(file)!r}: {METADATA} in its metadata is no JSON object ({error}).") from None
+    return {c: {key.removeprefix(f"{c}."): v for key, v in items if key.startswith(f"{c}.")} for c in COMPONENTS}
 
 
 def _layer_config(config, layer):
@@ -365,8 +377,7 @@ def write_lora(path, factors, naming="kohya", dtype="float32"):
             "inference_mode": True,
         }
         _write(path / component / "adapter_model.safetensors", arrays, dtype)
-        with atomic_file(path / component / "adapter_config.json") as file:
-            file.write((json.dumps(config, indent=2) + "\n").encode())
+        write_json(path / component / "adapter_config.json", config)
 
 
 def _write(path, arrays, dtype, metadata=None):
