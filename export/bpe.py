@@ -51,6 +51,7 @@ class GraphTokenizer(tf.Module):
         special, self._words = tokenizer.special_tokens, _words()
         self._special = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
         self._special_ids = _table([f"{MARK}{token}{MARK}" for token in special], [*special.values()])
+        self._expansions = {token: tokens for token, tokens in tokenizer.expansions.items() if len(tokens) > 1}
 
         # === Symbols are numbered: 256 bytes, 256 bytes that end a word, then what the merges make of them ===
         ends = [symbol + WORD_END for symbol in BYTE_SYMBOLS.values()]
@@ -84,6 +85,9 @@ class GraphTokenizer(tf.Module):
     def _split(self, text):
         """Words [W] and their rows [W]; of each row only the first words: each one gives a token at least."""
         text = tf.strings.regex_replace(text, f"({self._special})", rf"{MARK}\1{MARK}")
+        for token, tokens in self._expansions.items():
+            marked = "".join(f"{MARK}{one}{MARK}" for one in tokens).replace("\\", r"\\")
+            text = tf.strings.regex_replace(text, f"{MARK}{re.escape(token)}{MARK}", marked)
         text = tf.strings.regex_replace(text, f"({self._words})", "\x02\\1\x02")
         words = tf.strings.split(text, "\x02")
         kept = tf.strings.regex_full_match(words.flat_values, f"(?s){self._words}")  # not what lies between words

@@ -11,7 +11,7 @@ from PIL import Image
 
 from keras_sd.denoiser import Denoiser
 from keras_sd.images import fit, read_image, to_model
-from keras_sd.lora import Adapters, add_lora, lora_factors, remove_lora, target_layers
+from keras_sd.lora import Adapters, add_lora, lora_factors, lora_layers, remove_lora, target_layers
 from keras_sd.noise import initial_noise, lerp, row_noise, seeds_of, slerp
 from keras_sd.presets import locate
 from keras_sd.preview import clean_latent, fit_model, read_map, to_rgb
@@ -21,6 +21,7 @@ from keras_sd.scheduler_config import read_scheduler_config
 from keras_sd.super_resolution import enlarge
 from keras_sd.weights.lora import write_lora
 from keras_sd.weights.rrdbnet import read_rrdbnet
+from keras_sd.weights.textual_inversion import read_textual_inversion
 
 
 class StableDiffusion:
@@ -244,6 +245,44 @@ class StableDiffusion:
         """The compiled step knows variables that are no longer used; OpenVINO's knows the values of all."""
         if traces or keras.backend.backend() == "openvino":
             self.__dict__.pop("_denoiser", None)
+
+    # === Textual inversion ===
+
+    def load_textual_inversion(self, path, token=None):
+        """Adds a token with vectors of its own, for prompts and negative prompts.
+
+        Args:
+            path: a file of diffusers or AUTOMATIC1111's web UI; see `keras_sd.weights.textual_inversion`.
+            token: what to write in prompts, whatever its case; by default the file's own, or the file's name. Several
+                vectors take as many of the 75 places of a chunk.
+
+        Returns:
+            the token.
+
+        Raises:
+            FileNotFoundError, ValueError: nothing is there, it is no textual inversion, or one for another
+                architecture; or the token is in the vocabulary already.
+        """
+        token, vectors = read_textual_inversion(path, token)
+        width = self.text_encoder.arguments["hidden_size"]
+        if vectors.shape[1] != width:
+            raise ValueError(
+                f"{str(path)!r} holds vectors of {vectors.shape[1]} numbers; the text encoder needs {width}: "
+                "it is for another architecture."
+            )
+        self.add_token(token, vectors)
+        return token
+
+    def add_token(self, token, vectors):
+        """Adds a token to the tokenizer, and its vectors (n, width) to the text encoder; returns its ids."""
+        if lora_layers(self.text_encoder):
+            raise ValueError("The text encoder has LoRA factors to train; add tokens before them, or fuse them first.")
+        first = self.text_encoder.arguments["vocab_size"]
+        ids = [*range(first, first + len(vectors))]
+        self.tokenizer = self.tokenizer.with_token(token, ids)
+        self.text_encoder = self._compiled(self.text_encoder.with_tokens(vectors))
+        self._adapters.move("text_encoder", self.text_encoder)
+        return ids
 
     # === Text to image ===
 

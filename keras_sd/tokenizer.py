@@ -54,7 +54,9 @@ class CLIPTokenizer:
 
     The vocabulary is the 256 bytes, the 256 bytes that end a word, one entry per merge, `<|startoftext|>` and
     `<|endoftext|>`. Text is cleaned as OpenAI's CLIP does. Special tokens inside a prompt, the padding token
-    included, become their id, as in transformers: with `pad_token="!"` (SD v2) every `!` is id 0.
+    included, become their id, as in transformers: with `pad_token="!"` (SD v2) every `!` is id 0. An added token
+    `<x>` beside which there are `<x>_1`, `<x>_2` … becomes the ids of all, as in diffusers: textual inversions have
+    several vectors.
 
     Args:
         merges: list of pairs of symbols, the most important first.
@@ -88,11 +90,35 @@ class CLIPTokenizer:
         self.special_tokens = {
             token: self.vocabulary[token] for token in (START, END, pad_token, *(added_tokens or {}))
         }
+        self.expansions = {token: self._expanded(token) for token in self.special_tokens}
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._special = regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
         self._cache = {}
 
+    def _expanded(self, token):
+        """The special tokens that a special token stands for: itself, and those that go on with _1, _2 …"""
+        tokens = [token]
+        while (following := f"{token}_{len(tokens)}") in self.special_tokens:
+            tokens.append(following)
+        return tokens
+
     # === Constructors and saving ===
+
+    def with_token(self, token, ids):
+        """This tokenizer with a further token, which stands for one or more ids.
+
+        Raises:
+            ValueError: the token is empty, or in the vocabulary already.
+        """
+        token = clean(token)
+        names = [token, *(f"{token}_{i}" for i in range(1, len(ids)))]
+        taken = [name for name in (*names, f"{token}_1") if name in self.vocabulary]
+        if taken or not token:
+            raise ValueError(
+                f"Token {[*taken, token][0]!r} is in the vocabulary already, or empty; give another token."
+            )
+        added = self.special_tokens | dict(zip(names, ids))
+        return CLIPTokenizer(self.merges, self.pad_token, self.max_length, self.vocabulary, added)
 
     @classmethod
     def from_merges_file(cls, path, pad_token=END, max_length=77):
@@ -139,8 +165,16 @@ class CLIPTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         roles = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad_token}
-        plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        added = {str(i): {"content": token, "special": True, **plain} for token, i in self.special_tokens.items()}
+        plain = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+        added = {
+            str(i): {
+                "content": token,
+                "special": token in roles.values(),
+                "normalized": token not in roles.values(),
+                **plain,
+            }
+            for token, i in self.special_tokens.items()
+        }
         config = {
             "added_tokens_decoder": added,
             "add_prefix_space": False,
@@ -193,7 +227,7 @@ class CLIPTokenizer:
         ids = []
         for part in self._special.split(clean(text)):
             if part in self.special_tokens:
-                ids.append(self.special_tokens[part])
+                ids += [self.special_tokens[token] for token in self.expansions[part]]
             else:
                 for word in split_words(part):
                     ids += self._encode_word(word)

@@ -1,6 +1,7 @@
 """The CLIP text encoder."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_sd.layers import Attention
@@ -87,6 +88,19 @@ class TextEncoder(keras.Model):
     def call(self, inputs, training=None, mask=None):
         # JAX's stateless call comes here directly.
         return super().call({"positions": None, **inputs}, training, mask)
+
+    def with_tokens(self, vectors):
+        """A copy of this model with further tokens, whose ids follow the others.
+
+        Args:
+            vectors: (n, hidden_size), the new rows of the token embedding.
+        """
+        model = TextEncoder(**{**self.arguments, "vocab_size": self.arguments["vocab_size"] + len(vectors)})
+        for new, old in zip(model.variables, self.variables):
+            value = ops.convert_to_numpy(old)
+            further = new.shape[0] - old.shape[0]
+            new.assign(np.concatenate([value, vectors.astype(value.dtype)]) if further else value)
+        return model
 
     def get_config(self):
         return dict(self.arguments)

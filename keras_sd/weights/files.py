@@ -41,7 +41,8 @@ WRAPPERS = ("state_dict", "params_ema", "params")  # what training frameworks pu
 # Functions and types that torch itself restores tensors with.
 _TORCH_NAMES = re.compile(
     r"collections\.(OrderedDict|Counter)|_codecs\.encode|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2"
-    r"|torch\.serialization\._get_layout|torch\.(\w*float\w+|u?int\d+|complex\d+|bool|device)|torch\.([\w.]+\.)?[A-Z]\w*"
+    r"|torch\.serialization\._get_layout|torch\.(\w*float\w+|u?int\d+|complex\d+|bool|device)"
+    r"|torch\.(?!nn\.modules\.container\.)([\w.]+\.)?[A-Z]\w*"
 )
 # Besides tensors, checkpoints mention classes of any package. Of the standard library and of functions, only these.
 _DATA_NAMES = re.compile(
@@ -130,17 +131,43 @@ def _read_safetensors(path):
     return arrays
 
 
-def _read_torch(path):
+def read_nested(path):
+    """Read a torch file as it is: nested dicts and lists, with arrays for tensors; for files that are no model.
+
+    Raises: as `read_arrays`.
+    """
+    torch, checkpoint = _load_torch(Path(path))
+
+    def convert(value):
+        if isinstance(value, torch.Tensor):
+            return _to_numpy(torch, value)
+        if isinstance(value, _Inert):  # of torch.nn.ParameterDict
+            value = value.state.get("_parameters", {}) if isinstance(value.state, dict) else {}
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        return [convert(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return convert(checkpoint)
+
+
+def _load_torch(path):
+    """(torch, what the file holds)."""
     try:
         import torch
     except ImportError as error:
         raise ImportError(f"Reading {path.name} needs PyTorch: `pip install torch`, or use .safetensors.") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint file at {str(path)!r}.")
     try:
-        checkpoint = _load_inertly(torch, path)
+        return torch, _load_inertly(torch, path)
     except _Hostile as error:
         raise ValueError(str(error)) from None
     except Exception as error:
         raise _damaged(path, error) from error
+
+
+def _read_torch(path):
+    torch, checkpoint = _load_torch(path)
     extra = {}
     while wrapper := isinstance(checkpoint, dict) and next(
         (key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)), None
@@ -172,6 +199,8 @@ class _Hostile(Exception):
 class _Inert:
     """Stands in for a class that a pickle names: takes any arguments and any state, and does nothing."""
 
+    state = None
+
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls)
 
@@ -179,7 +208,7 @@ class _Inert:
         pass
 
     def __setstate__(self, state):
-        pass
+        self.state = state
 
 
 def _load_inertly(torch, path):
