@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 
+from keras_sd.__main__ import with_suffix
+
 # Stated here too, since help should not wait for TensorFlow; a test compares them with export.signatures.MODELS.
 NAMES = ("text_encoder", "diffusion_model", "decoder", "image_encoder", "stable_diffusion", "denoiser")
 FORMATS = ("saved_model", "litert", "openvino", "onnx")
@@ -20,6 +22,15 @@ def build_parser():
     add("--out", required=True, help="folder: OUT/NAME/VERSION/, OUT/models.config, OUT/batching.config are written")
     add("--format", choices=FORMATS, default="saved_model", help="what to write (default: saved_model)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and arithmetic")
+    append = {"action": "append", "default": []}
+    add("--lora", type=with_suffix(float), metavar="PATH[:SCALE]", help="LoRA to merge in; may be repeated", **append)
+    add(
+        "--embedding",
+        type=with_suffix(str),
+        metavar="PATH[:TOKEN]",
+        help="textual inversion; may be repeated",
+        **append,
+    )
     add("--height", type=_side, help="of the pictures in pixels, or 'dynamic' (default: the preset's)")
     add("--width", type=_side, help="of the pictures in pixels, or 'dynamic' (default: the preset's)")
     group = parser.add_argument_group("SavedModels").add_argument
@@ -57,6 +68,10 @@ def main(arguments=None):
 
     try:
         sd = StableDiffusion.from_preset(options.preset, dtype=options.dtype)
+        for path, token in options.embedding:
+            sd.load_textual_inversion(path, token)
+        for path, scale in options.lora:
+            sd.load_lora(path, 1.0 if scale is None else scale, name=path)
         sides = (("height", options.height), ("width", options.width))
         size = [None if side == "dynamic" else side or sd.image_size[i] for i, (_, side) in enumerate(sides)]
         if options.format == "saved_model":

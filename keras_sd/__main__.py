@@ -39,6 +39,19 @@ def number(kind, least, most=float("inf")):
     return parse
 
 
+def with_suffix(kind):
+    """An argument type: PATH or PATH:SUFFIX, where a suffix that is not of its kind is a part of the path."""
+
+    def parse(text):
+        path, _, suffix = text.rpartition(":")
+        try:
+            return (text, None) if not path or os.path.exists(text) else (path, kind(suffix))
+        except ValueError:
+            return text, None
+
+    return parse
+
+
 def build_parser():
     """The parser; a command's function is its `run`."""
     parser = Parser(prog="python -m keras_sd", description="Stable Diffusion in Keras.", epilog=EPILOG)
@@ -67,6 +80,25 @@ def build_parser():
     )
     draw.add_argument("--scale", type=float, default=7.5, help="guidance scale (default 7.5; 1 is no guidance)")
     draw.add_argument("--seed", type=number(int, 0), help="seed of the first picture (default: a random one)")
+    draw.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=with_suffix(float),
+        metavar="PATH[:SCALE]",
+        help="LoRA to draw with (default scale 1); may be repeated",
+    )
+    draw.add_argument(
+        "--lora-dir", "--lora_dir", default=".", metavar="DIR", help="where <lora:name:0.8> in a prompt is (default: .)"
+    )
+    draw.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        type=with_suffix(str),
+        metavar="PATH[:TOKEN]",
+        help="textual inversion to know (default token: its own); may be repeated",
+    )
     draw.add_argument("--preview", metavar="FILE", help="PNG to show the picture in, as it is every few steps")
     draw.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -190,7 +222,8 @@ def draw_pictures(args):
     if (args.prompt is None) == (args.prompt_option is None) and (args.prompt is not None or args.method != "upscale"):
         args.usage_error("give one prompt, as an argument or with --prompt")
     prompt = args.prompt if args.prompt is not None else args.prompt_option
-    check_prompts(prompt, args.negative_prompt)
+    (text,), loras = find_loras(args, prompt)
+    check_prompts(text, args.negative_prompt)
     sampler, options = read_sampler(args)
     check_output(args)
     pictures = open_pictures(args)
@@ -207,6 +240,7 @@ def draw_pictures(args):
     if not varies and getattr(args, "variation_seed", None) is not None:
         args.usage_error("--variation-seed needs a --variation-strength")
     sd = open_model(args.ckpt or args.preset, args)
+    load_additions(sd, args, loras)
     options |= watching(args, sd)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     if varies and args.variation_seed is None:
@@ -216,7 +250,7 @@ def draw_pictures(args):
             options |= {"variation_seed": args.variation_seed + first, "variation_strength": args.variation_strength}
         images = getattr(sd, args.method)(
             *pictures,
-            prompt,
+            text,
             negative_prompt=args.negative_prompt or None,
             batch_size=args.n_samples,
             num_steps=args.steps,
@@ -240,9 +274,11 @@ def enlarge_picture(args, picture):
     """upscale with a network alone: one picture, no preset."""
     from keras_sd import __version__
 
-    if args.n_samples * args.n_iter > 1 or (args.strength, args.noise_level, args.preview) != (None, None, None):
+    given = args.strength, args.noise_level, args.preview, *args.lora, *args.embedding
+    if args.n_samples * args.n_iter > 1 or any(value is not None for value in given):
         args.usage_error(
-            "--n_samples, --n_iter, --strength, --noise_level and --preview need a prompt; --model alone enlarges"
+            "--n_samples, --n_iter, --strength, --noise_level, --preview, --lora and --embedding need a prompt; "
+            "--model alone enlarges"
         )
     start_backend()
     from keras_sd.stable_diffusion import StableDiffusion
@@ -370,6 +406,7 @@ def described(args, sd, sampler, seed, image):
         "Hires_upscale": f"{hires:g}" if hires else None,
         "Hires_upscaler": "Latent" if hires else None,
         "Upscaler": pathlib.Path(args.model).stem if getattr(args, "model", None) else None,
+        "Loras": ", ".join(f"{pathlib.Path(p).stem}: {1 if s is None else s:g}" for p, s in args.lora or ()) or None,
         "Noise_level": getattr(args, "noise_level", None),
         "Eta": args.ddim_eta,
         "Version": f"keras_sd {__version__}",
@@ -420,17 +457,18 @@ def draw_film(args):
 
     if args.to_prompt is None and args.to_seed is None:
         args.usage_error("give --to-prompt or --to-seed, which the pictures go to")
-    check_prompts(args.prompt, args.to_prompt, args.negative_prompt)
+    texts, loras = find_loras(args, args.prompt, args.to_prompt)
+    check_prompts(*texts, args.negative_prompt)
     sampler, options = read_sampler(args)
     check_preview(args)
     paths = args.out or ["out.png"]
     for path in paths:
         check_film(path)
     sd = open_model(args.ckpt or args.preset, args)
+    load_additions(sd, args, loras)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     frames = sd.interpolate(
-        args.prompt,
-        args.to_prompt,
+        *texts,
         seed,
         args.to_seed,
         args.frames,
@@ -449,6 +487,34 @@ def draw_film(args):
     for path in paths:
         write_film(path, frames, args.fps, args.prompt, negative_prompt=args.negative_prompt, **parameters)
         print(f"{path}: seed {seed}", flush=True)
+
+
+# === --lora, --lora-dir, --embedding ===
+
+
+def find_loras(args, *prompts):
+    """The prompts without `<lora:…>`, and all LoRAs: a list of (path, scale)."""
+    from keras_sd.prompts import take_loras
+    from keras_sd.weights.lora import find_lora
+
+    for flag, paths in (("--lora", args.lora), ("--embedding", args.embedding)):
+        for path, _ in paths:
+            if not pathlib.Path(path).exists():
+                raise FileNotFoundError(f"{flag}: there is nothing at {path!r}.")
+    texts, loras = [], {path: 1.0 if scale is None else scale for path, scale in args.lora}
+    for prompt in prompts:
+        text, found = take_loras(prompt or "")
+        texts.append(prompt if prompt is None else text)
+        loras |= {str(find_lora(args.lora_dir, name)): scale for name, scale in found}
+    return texts, list(loras.items())
+
+
+def load_additions(sd, args, loras):
+    """Loads --embedding and the LoRAs, (path, scale) each."""
+    for path, token in args.embedding:
+        sd.load_textual_inversion(path, token)
+    for path, scale in loras:
+        sd.load_lora(path, scale, name=path)
 
 
 # === The model ===

@@ -29,6 +29,7 @@ _DEEPEST = 100  # brackets in brackets
 
 _PIECE = re.compile(r"\\(?P<escaped>[()\[\]:|\\])|(?P<mark>[()\[\]:|])|[^()\[\]:|\\]+|\\", re.DOTALL)
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*")
+_LORA = re.compile(r"<lora:([^<>:]*):?([^<>]*)>")
 _BREAK = re.compile(rf"\s*\b{BREAK}\b\s*")
 
 
@@ -181,6 +182,24 @@ def _flat(nodes, step, num_steps, weight):
             _, before, after, when = node
             change = int(fractions.Fraction(when) * num_steps) if "." in when else int(when)
             yield from _flat(before if step < change else after, step, num_steps, weight)
+
+
+def take_loras(prompt):
+    """Takes `<lora:name>` and `<lora:name:0.8>` out of a prompt.
+
+    Returns:
+        the prompt without them, and a list of (name, scale).
+
+    Raises:
+        ValueError: the scale is no number.
+    """
+    loras = []
+    for name, scale in _LORA.findall(prompt):
+        number = _NUMBER.fullmatch(scale or "1")
+        if number is None or not name:
+            raise ValueError(f"A LoRA in a prompt is written <lora:name:0.8>; got <lora:{name}:{scale}>.")
+        loras.append((name, float(number[1])))
+    return _LORA.sub("", prompt).strip() if loras else prompt, loras
 
 
 # === Texts with weights → tokens → context ===

@@ -49,6 +49,9 @@ def recorder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (16, 8), "red").save("a.png")
     Image.new("RGB", (16, 8), "blue").save("b.png")
+    os.mkdir("loras")
+    for path in ("a.safetensors", "loras/a.safetensors", "loras/b.pt", "a:b.pt"):
+        open(path, "w").close()
     return Recorder.calls
 
 
@@ -88,6 +91,9 @@ VALUES = {
     "--outdir": "folder",
     "--quiet": None,
     "--preview": "preview.png",
+    "--lora": "a.safetensors:0.5",
+    "--lora-dir": "loras",
+    "--embedding": "loras/b.pt:<cat>",
     "--variation-strength": "0.25",
     "--variation-seed": "3",
     "--to-prompt": "a pear",
@@ -110,7 +116,9 @@ VALUES = {
 }
 REQUIRED = {"txt2img": {}, "img2img": {"--init-img": "a.png"}, "inpaint": {"--init-img": "a.png", "--mask": "b.png"}}
 REQUIRED |= {"upscale": {}, "interpolate": {"--to-prompt": "a fig", "--out": "film.gif"}}
-NEEDS = {"--variation-seed": {"--variation-strength": "0.5"}}  # options that make sense beside others alone
+# Options that make sense beside others alone.
+NEEDS = {"--variation-seed": {"--variation-strength": "0.5"}, "--lora-dir": {"--prompt": "an <lora:a:0.5> apple"}}
+NEEDS["interpolate --lora-dir"] = {"--to-prompt": "an <lora:a:0.5> apple"}
 
 
 def options_of(command):
@@ -146,7 +154,7 @@ def test_every_flag_is_consumed(command, recorder, capsys, monkeypatch):
 
     for spellings in options_of(command):
         (value,) = (VALUES[spelling] for spelling in spellings if spelling in VALUES)
-        needs = NEEDS.get(spellings[0], {})
+        needs = NEEDS.get(f"{command} {spellings[0]}", NEEDS.get(spellings[0], {}))
         effects = {effect(needs | {spelling: value}) for spelling in spellings}
         assert len(effects) == 1 and effect(needs) not in effects, spellings
 
@@ -189,6 +197,41 @@ def test_arguments_of_the_pipeline(recorder, capsys):
         "Eta": "0.5",
         "Version": read_parameters("folder/00000.png")["Version"],
     }
+
+
+def test_loras_and_embeddings(recorder, capsys):
+    """They are loaded in order; the tags are no part of the prompt, but of the picture's parameters."""
+    prompt = "an <lora:a:0.5> apple <lora:b>"
+    flags = "--lora a.safetensors --lora a:b.pt --lora loras/b.pt:-2 --embedding a:b.pt --embedding loras/b.pt:<cat>"
+    run("txt2img", prompt, *flags.split(), "--lora-dir", "loras", capsys=capsys)
+    _, *loaded, drawn = recorder
+    embeddings = [("a:b.pt", None), ("loras/b.pt", "<cat>")]
+    loras = [("a.safetensors", 1.0), ("a:b.pt", 1.0), ("loras/b.pt", 1.0), ("loras/a.safetensors", 0.5)]
+    assert [args for name, args, _ in loaded if name == "load_textual_inversion"] == embeddings
+    assert [args for name, args, _ in loaded if name == "load_lora"] == loras
+    assert drawn[1] == ("an  apple",)
+    parameters = read_parameters("out.png")
+    assert parameters["prompt"] == prompt and parameters["Loras"] == "a: 1, a:b: 1, b: -2"
+    recorder.clear()
+    run("interpolate", "an apple", "--to-prompt", "a <lora:a:2> fig", "--steps", "2", capsys=capsys)
+    assert recorder[1][:2] == ("load_lora", ("a.safetensors", 2.0))
+    assert recorder[2][1][:2] == ("an apple", "a  fig")
+
+
+@pytest.mark.parametrize(
+    "flags, error, code",
+    [
+        (["--lora", "none.safetensors:0.5"], "--lora: there is nothing at 'none.safetensors'", 1),
+        (["--embedding", "none.pt"], "--embedding: there is nothing at 'none.pt'", 1),
+        (["--prompt", "a <lora:c:1>"], "There is no LoRA 'c' in '.'; there are: a", 1),
+        (["--prompt", "a <lora:a:much>"], "<lora:name:0.8>; got <lora:a:much>", 1),
+        (["--prompt", "a <lora:>"], "<lora:name:0.8>", 1),
+    ],
+)
+def test_bad_loras_and_embeddings(recorder, capsys, flags, error, code):
+    prompt = [] if "--prompt" in flags else ["a"]
+    run("txt2img", *prompt, *flags, error=error, code=code, capsys=capsys)
+    assert not recorder  # said before anything is loaded
 
 
 def test_random_seed_is_printed_and_repeats(recorder, capsys):

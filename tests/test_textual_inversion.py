@@ -119,11 +119,11 @@ def test_several_tokens(sd, theirs, tmp_path):
 
 
 def test_a_token_of_ones_own(sd, theirs, tmp_path):
-    path = write_file("webui safetensors", tmp_path, VECTORS[:2])
+    path = write_file("webui safetensors", tmp_path, VECTORS[:1])
     assert sd.load_textual_inversion(path, token="Pear2") == "Pear2"
     theirs.load_textual_inversion(path, token="Pear2")
-    np.testing.assert_allclose(sd.encode_text("a Pear2!"), context(theirs, "a Pear2!"), atol=1e-5)
-    np.testing.assert_array_equal(sd.encode_text("a pear2!"), sd.encode_text("A PEAR2!"))
+    for prompt in ("a Pear2!", "a pear2!"):
+        np.testing.assert_allclose(sd.encode_text(prompt), context(theirs, prompt), atol=1e-5)
 
 
 def test_emphasis_and_chunks_know_the_token(sd):
