@@ -110,24 +110,25 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
             self.build(variables)
         grads = [None if g is None else ops.convert_to_tensor(g) for g in grads]  # also TensorFlow's sparse ones
         finite = ops.all(ops.stack([ops.all(ops.isfinite(g)) for g in grads if g is not None]))
-        self._where(finite, lambda: self._take(grads, variables))
-
-    def _take(self, grads, variables):
-        self._iterations.assign_add(1)
+        self._iterations.assign_add(ops.cast(finite, self._iterations.dtype))
         if self.accumulation_steps == 1:
-            return self._update(grads, variables)
+            self._where(finite, lambda: self._update(grads, variables))
+            return
         sums = [self._sums[self._get_variable_index(v)] for v in variables]
+        self._where(finite, lambda: self._accumulate(grads, sums))
+        complete = ops.equal(self._iterations % self.accumulation_steps, 0)
+        self._where(ops.logical_and(finite, complete), lambda: self._update_from(sums, grads, variables))
+
+    def _accumulate(self, grads, sums):
         for total, grad in zip(sums, grads):
             if grad is not None:
                 total.assign_add(ops.cast(grad, "float32"))
 
-        def update():
-            count = self.accumulation_steps
-            self._update([None if g is None else ops.cast(s / count, g.dtype) for s, g in zip(sums, grads)], variables)
-            for total in sums:
-                total.assign(ops.zeros(total.shape, "float32"))
-
-        self._where(ops.equal(self._iterations % self.accumulation_steps, 0), update)
+    def _update_from(self, sums, grads, variables):
+        means = [None if g is None else ops.cast(s / self.accumulation_steps, g.dtype) for s, g in zip(sums, grads)]
+        self._update(means, variables)
+        for total in sums:
+            total.assign(ops.zeros(total.shape, "float32"))
 
     def _update(self, grads, variables):
         self.inner_optimizer.apply(grads, variables)
@@ -145,12 +146,16 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
         if keras.backend.backend() != "jax":
             ops.cond(condition, update, lambda: None)
             return
-        # JAX's branches cannot assign; a selection between old and new costs nothing there, as XLA fuses it
         variables = [*self.variables, *self._trainable_variables]
         before = [ops.convert_to_tensor(v) for v in variables]
-        update()
-        for variable, old in zip(variables, before):
-            variable.assign(ops.where(condition, ops.convert_to_tensor(variable), old))
+
+        def updated():  # JAX's branches cannot assign: they return the new values
+            with keras.StatelessScope(state_mapping=zip(variables, before)):
+                update()
+                return [ops.convert_to_tensor(v) for v in variables]
+
+        for variable, value in zip(variables, ops.cond(condition, updated, lambda: before)):
+            variable.assign(value)
 
     def get_config(self):
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)
