@@ -95,6 +95,16 @@ class CLIPTokenizer:
         self._special = regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
         self._cache = {}
 
+    def token_ids(self, token):
+        """The ids of a special token.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if clean(token) not in self.expansions:
+            raise ValueError(f"The tokenizer has no token {token!r}; it has {', '.join(self.expansions)}.")
+        return [self.special_tokens[one] for one in self.expansions[clean(token)]]
+
     def _expanded(self, token):
         """The special tokens that a special token stands for: itself, and those that go on with _1, _2 …"""
         tokens = [token]
@@ -227,7 +237,7 @@ class CLIPTokenizer:
         ids = []
         for part in self._special.split(clean(text)):
             if part in self.special_tokens:
-                ids += [self.special_tokens[token] for token in self.expansions[part]]
+                ids += self.token_ids(part)
             else:
                 for word in split_words(part):
                     ids += self._encode_word(word)

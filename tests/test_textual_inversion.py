@@ -1,14 +1,16 @@
 """Textual inversion: pictures against diffusers in every file format, prompts, tokenizers, training."""
 
 import diffusers
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from keras_sd import StableDiffusion
 from keras_sd.noise import initial_noise
+from keras_sd.training.textual_inversion import TextualInversionTrainer, save_token, start_token
 from keras_sd.weights.textual_inversion import read_textual_inversion, write_textual_inversion
 
 START = initial_noise(3, 1, (8, 8, 4))
@@ -224,3 +226,78 @@ def test_hostile_files_are_not_run(tmp_path, sd):
     with pytest.raises(ValueError, match="hostile"):
         sd.load_textual_inversion(tmp_path / "x.pt")
     assert not (tmp_path / "it ran").exists()
+
+
+# === Training ===
+
+
+def captioned_batches(sd, count):
+    """Batches of latents with captions, noise and timesteps."""
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        yield {
+            "mean": random.standard_normal((2, 8, 8, 4)).astype("float32"),
+            "std": np.zeros((2, 8, 8, 4), "float32"),
+            "noise": random.standard_normal((2, 8, 8, 4)).astype("float32"),
+            "timestep": random.integers(0, 1000, 2).astype("int32"),
+            "tokens": sd.tokenizer(["an <cat> apple", "a two"]),
+        }
+
+
+def test_training_equals_a_torch_loop(sd, theirs, tmp_path):
+    """Rows after some steps of Adam, and losses; everything else stays as it was."""
+    ids = start_token(sd, "<cat>", "apple two", num_vectors=3)
+    first = np.array(sd.text_encoder.get_layer("text_model.embeddings").token_embedding.embeddings)[ids]
+    np.testing.assert_array_equal(first[0], first[2])
+    models = sd.diffusion_model, sd.text_encoder
+    before = [np.array(v) for model in models for v in model.variables]
+    trainer = TextualInversionTrainer(sd.diffusion_model, sd.scheduler[0], sd.text_encoder, token_ids=ids)
+    assert [v.shape for v in trainer.trainable_variables] == [(3, 32)]
+    trainer.compile(keras.optimizers.Adam(1e-2, epsilon=1e-8), run_eagerly=True)
+    losses = [float(trainer.train_on_batch(batch)) for batch in captioned_batches(sd, 4)]
+
+    write_textual_inversion(tmp_path / "x.safetensors", "<cat>", first)
+    theirs.load_textual_inversion(tmp_path / "x.safetensors")
+    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    table = theirs.text_encoder.get_input_embeddings().weight
+    optimizer = torch.optim.Adam([table], 1e-2)
+    for ours, batch in zip(losses, captioned_batches(sd, 4)):
+        latent, noise = (torch.from_numpy(np.moveaxis(batch[key], -1, 1).copy()) for key in ("mean", "noise"))
+        timestep = torch.from_numpy(batch["timestep"]).long()
+        context = theirs.text_encoder(torch.from_numpy(batch["tokens"]).long()).last_hidden_state
+        prediction = theirs.unet(scheduler.add_noise(latent, noise, timestep), timestep, context).sample
+        loss = torch.nn.functional.mse_loss(prediction, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        table.grad[: ids[0]] = 0
+        optimizer.step()
+        assert abs(ours - loss.item()) <= 1e-4 * loss.item()
+    rows = table.detach().numpy()[ids]
+    assert np.abs(rows - first).max() > 0.01
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(trainer.rows), rows, atol=1e-3)
+
+    after = [np.array(v) for model in models for v in model.variables]
+    assert all(np.array_equal(a, b) for a, b in zip(after, before))
+    trainer.write_rows()
+    save_token(sd, "<cat>", tmp_path / "learned.safetensors")
+    np.testing.assert_allclose(load_file(tmp_path / "learned.safetensors")["<cat>"], rows, atol=1e-3)
+    np.testing.assert_allclose(sd.encode_text("a <cat>"), context_of(theirs, sd, "a <cat>"), atol=1e-2)
+
+
+def context_of(peer, sd, prompt):
+    tokens = torch.from_numpy(sd.tokenizer([prompt])).long()
+    return peer.text_encoder(tokens).last_hidden_state.detach().numpy()
+
+
+def test_bad_training(sd):
+    for init, count in (("", 1), ("apple", 0)):
+        with pytest.raises(ValueError, match="init_token must be a known word"):
+            start_token(sd, "<cat>", init, count)
+    ids = start_token(sd, "<cat>", "apple")
+    with pytest.raises(ValueError, match="must be the last"):
+        TextualInversionTrainer(sd.diffusion_model, sd.scheduler[0], sd.text_encoder, token_ids=[3])
+    with pytest.raises(ValueError, match="no token '<dog>'"):
+        save_token(sd, "<dog>", "x.safetensors")
+    trainer = TextualInversionTrainer(sd.diffusion_model, sd.scheduler[0], sd.text_encoder, token_ids=ids)
+    with pytest.raises(ValueError, match='must hold "tokens"'):
+        trainer({"mean": np.zeros((1, 8, 8, 4)), "std": np.zeros((1, 8, 8, 4)), "context": np.zeros((1, 77, 32))})
