@@ -1,6 +1,10 @@
 """LoRA: pictures against diffusers with PEFT in every naming, weights restored, files for others, training."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import diffusers
@@ -8,6 +12,7 @@ import keras
 import numpy as np
 import peft
 import pytest
+import tensorflow as tf
 import torch
 from safetensors.numpy import load_file, save_file
 
@@ -572,3 +577,36 @@ def test_maps_are_pure(sd, theirs, tmp_path):
     }
     factors, unknown = read_lora(tmp_path / "a.safetensors", shapes, module_table(shapes, 1, (True, False)))
     assert not unknown and len(factors) == len(arrays) / 3
+
+
+# === Elsewhere ===
+
+
+def test_on_every_backend(tiny, theirs, tmp_path):
+    """Kernels are assigned in place on torch, and compiled in by OpenVINO."""
+    kohya(theirs, tmp_path / "a.safetensors")
+    pictures = {}
+    for backend in ("tensorflow", "jax", "torch", "openvino"):
+        path, script = tmp_path / f"{backend}.npy", pathlib.Path(__file__).with_name("draw_lora.py")
+        env = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(script.parents[1])}
+        subprocess.run([sys.executable, script, tiny, tmp_path / "a.safetensors", path], env=env, check=True)
+        pictures[backend] = np.load(path)
+    for drawn in pictures.values():
+        assert np.abs(drawn - pictures["tensorflow"][: len(drawn)]).max() <= 2
+
+
+def test_exported_models_have_it(tiny, theirs, tmp_path):
+    from export.__main__ import main
+
+    kohya(theirs, tmp_path / "a.safetensors")
+    save_file({"<cat>": np.ones((2, 32), "float32")}, tmp_path / "b.safetensors")
+    flags = ["--lora", f"{tmp_path}/a.safetensors:0.5", "--embedding", f"{tmp_path}/b.safetensors"]
+    main(["--preset", str(tiny), "--out", str(tmp_path / "models"), "--only", "text_encoder", *flags])
+    served = tf.saved_model.load(str(tmp_path / "models" / "text_encoder" / "1"))
+    context = served.signatures["encode_prompt"](prompt=tf.constant(["an apple <cat>"]))["context"]
+    sd = StableDiffusion.from_preset(tiny)
+    sd.load_textual_inversion(tmp_path / "b.safetensors")
+    plain = sd.encode_text("an apple <cat>")
+    sd.load_lora(tmp_path / "a.safetensors", 0.5)
+    np.testing.assert_allclose(context, sd.encode_text("an apple <cat>"), atol=1e-5)
+    assert np.abs(context - plain).max() > 0.01
