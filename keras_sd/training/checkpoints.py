@@ -69,15 +69,15 @@ def restore(trainer, path):
         path = latest(path) or path / "step-*.safetensors"
     arrays, variables = read_arrays(path), _state(trainer)
     for name in sorted(arrays.keys() ^ variables.keys()):
-        where, other = ("the checkpoint", "this run") if name in arrays else ("this run", "the checkpoint")
+        where = "the checkpoint" if name in arrays else "this run"
         raise ValueError(
-            f"{path} is of another run: {where} has {name!r}, {other} has not. Train the same parts with the same optimizer."
+            f"{path} is of another run: only {where} has {name!r}. Train the same with the same optimizer."
         )
     for name, variable in variables.items():
-        found, wanted = arrays[name], (tuple(variable.shape), _dtype(variable))
-        if (found.shape, found.dtype) != wanted:
+        found, dtype, shape = arrays[name], _dtype(variable), tuple(variable.shape)
+        if (found.dtype, found.shape) != (dtype, shape):
             raise ValueError(
-                f"{path} is of another run: {name!r} is {found.dtype} {found.shape}; this run has {wanted[1]} {wanted[0]}."
+                f"{path} is of another run: {name!r} is {found.dtype} {found.shape} there, {dtype} {shape} here."
             )
     for name, variable in variables.items():
         variable.assign(np.array(arrays[name]))
