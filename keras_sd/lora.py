@@ -101,8 +101,11 @@ def remove_lora(model, fuse=False):
     """
     layers = lora_layers(model)
     for layer in layers.values():
-        if fuse:
-            layer._kernel.assign(layer.kernel)
+        if fuse:  # in float32, unlike `layer.kernel`, which comes in the compute dtype
+            kernel, a, b = (
+                _copy(x).astype("float32") for x in (layer._kernel, layer.lora_kernel_a, layer.lora_kernel_b)
+            )
+            layer._kernel.assign(kernel + layer.lora_alpha / layer.lora_rank * (a @ b))
         layer._tracker.unlock()
         for variable in (layer.lora_kernel_a, layer.lora_kernel_b):
             layer._untrack_variable(variable)

@@ -212,6 +212,7 @@ class StableDiffusion:
         Returns:
             number of layers that have factors now.
         """
+        targets = (targets,) if isinstance(targets, str) else targets
         layers = add_lora(self.diffusion_model, rank, alpha, targets, seed)
         if text_encoder:
             targets = [target for target in targets if target_layers(self.text_encoder, target)]

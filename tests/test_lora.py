@@ -489,8 +489,9 @@ def test_half_precision_files(sd, trained):
     sd.unload_lora()
 
 
-def test_fusing_what_was_trained(tiny):
-    model = StableDiffusion.from_preset(tiny).diffusion_model
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_fusing_what_was_trained(tiny, dtype):
+    model = StableDiffusion.from_preset(tiny, dtype=dtype).diffusion_model
     before = {name: np.array(layer._kernel) for name, layer in kernel_layers(model).items()}
     names = add_lora(model, rank=3, alpha=1.5, targets=("attention", "convolution"))
     random = np.random.default_rng(0)
