@@ -78,7 +78,7 @@ class StopWhenBroken(keras.callbacks.Callback):
     def _stop(self, what):
         raise FloatingPointError(
             f"The {what} not finite for {self.patience} steps in a row, up to step {int(self.model.step)}; none "
-            "of them changed a weight, and the last checkpoint stays. Try a lower learning rate, or a dtype of wider range."
+            "of them changed a weight, and the last checkpoint stays. Try a lower learning rate or a wider dtype."
         )
 
 
