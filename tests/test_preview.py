@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from keras_sd import StableDiffusion
-from keras_sd.preview import FILE, clean_latent, colour_fields, fit, fit_model, to_rgb
 from keras_sd.presets import locate
+from keras_sd.preview import FILE, clean_latent, colour_fields, fit, fit_model, to_rgb
 from keras_sd.samplers import SAMPLERS, make_table
 
 
