@@ -14,9 +14,10 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
+from train_steps import batch, small_unet
 
 from keras_sd import NoiseScheduler, StableDiffusion
-from keras_sd.models import DiffusionModel, ImageEncoder, TextEncoder
+from keras_sd.models import ImageEncoder, TextEncoder
 from keras_sd.training import objective
 from keras_sd.training.optimizers import Adafactor, AdamW, AdamW8bit, GuardedOptimizer, Schedule
 from keras_sd.training.trainer import DiffusionTrainer
@@ -31,33 +32,6 @@ from keras_sd.weights.assign import state_dict_key, to_torch_layout
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def small_unet(dtype=None, seed=0):
-    keras.utils.set_random_seed(seed)
-    return DiffusionModel(
-        block_out_channels=(8,),
-        layers_per_block=1,
-        attention_levels=(True,),
-        num_attention_heads=2,
-        cross_attention_dim=8,
-        norm_num_groups=4,
-        dtype=dtype,
-    )
-
-
-def batch(seed, size=4, width=8, fixed=True):
-    random = np.random.default_rng(seed)
-    arrays = {
-        "mean": random.standard_normal((size, 8, 8, 4), "float32"),
-        "std": random.uniform(0.0, 0.1, (size, 8, 8, 4)).astype("float32"),
-        "context": random.standard_normal((size, 77, width), "float32"),
-    }
-    if fixed:
-        arrays["noise"] = random.standard_normal((size, 8, 8, 4), "float32")
-        arrays["timestep"] = random.integers(1000, size=size).astype("int32")
-        arrays["std"] *= 0.0
-    return arrays
 
 
 def weights(trainer):
@@ -162,7 +136,7 @@ def test_accumulation_of_two_equals_a_batch_of_twice_the_size():
             schedule, global_clipnorm=1.0, use_ema=True, ema_momentum=0.9, gradient_accumulation_steps=steps
         )
 
-    whole, halves = (DiffusionTrainer(small_unet(), NoiseScheduler()) for _ in range(2))
+    whole, halves = (DiffusionTrainer(small_unet(trained="mid"), NoiseScheduler()) for _ in range(2))
     whole.compile(optimizer(None))
     halves.compile(optimizer(2))
     for seed in range(4):
@@ -176,7 +150,7 @@ def test_accumulation_of_two_equals_a_batch_of_twice_the_size():
 
 
 def test_averages_follow_their_formula_and_fit_keeps_the_weights():
-    trainer = DiffusionTrainer(small_unet(), NoiseScheduler())
+    trainer = DiffusionTrainer(small_unet(trained="mid"), NoiseScheduler())
     trainer.compile(keras.optimizers.AdamW(1e-2, use_ema=True, ema_momentum=0.7))
     expected, seen = None, []
 
@@ -197,7 +171,7 @@ def test_averages_follow_their_formula_and_fit_keeps_the_weights():
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
 def test_a_step_that_is_not_finite_changes_nothing_and_many_end_training(dtype):
-    trainer = DiffusionTrainer(small_unet(dtype), NoiseScheduler())
+    trainer = DiffusionTrainer(small_unet(dtype, trained="up"), NoiseScheduler())
     trainer.compile(keras.optimizers.AdamW(1e-2, use_ema=True))
     assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == (dtype == "mixed_float16")
     before = weights(trainer)
@@ -341,7 +315,7 @@ def test_moments_of_eight_bits_descend_as_those_of_thirty_two():
 def test_scalars_and_pictures_are_written(tmp_path):
     from tensorflow.core.util.event_pb2 import Event
 
-    trainer = DiffusionTrainer(small_unet(), NoiseScheduler())
+    trainer = DiffusionTrainer(small_unet(trained="conv_out"), NoiseScheduler())
     trainer.compile(keras.optimizers.AdamW(Schedule("constant", 1e-3, 4)))
     summaries = Summaries(tmp_path / "log")
     drawn = np.arange(2 * 8 * 8 * 3, dtype="uint8").reshape(2, 8, 8, 3)
@@ -375,12 +349,12 @@ import json, sys
 import keras
 import numpy as np
 sys.path.insert(0, "tests")
-from test_trainer import batch, small_unet
+from train_steps import batch, small_unet
 from keras_sd import NoiseScheduler
 from keras_sd.training.optimizers import AdamW
 from keras_sd.training.trainer import DiffusionTrainer
 
-model = small_unet()
+model = small_unet(trained="mid")
 random = np.random.default_rng(3)
 model.set_weights([random.normal(0, 0.05, w.shape) + (w.ndim == 1) for w in model.get_weights()])
 trainer = DiffusionTrainer(model, NoiseScheduler(prediction_type="v_prediction"), min_snr_gamma=5.0,
