@@ -1,4 +1,4 @@
-"""A small model, its batches and its training; prints the loss of each step: python tests/train_steps.py FOLDER STEPS."""
+"""A small model, its batches and training; prints the loss of each step: python tests/train_steps.py FOLDER STEPS."""
 
 import sys
 

@@ -104,15 +104,16 @@ class DiffusionTrainer(keras.Model):
         """
         if not self.trainable_variables:
             raise ValueError("Nothing to train: no variable of the diffusion model or the text encoder is trainable.")
-        # MirroredStrategy cannot apply an optimizer under a condition: there Keras' own features have to do.
-        if getattr(getattr(self, "distribute_strategy", None), "num_replicas_in_sync", 1) == 1:
-            optimizer = keras.optimizers.get(optimizer)
-            if not isinstance(optimizer, (GuardedOptimizer, keras.optimizers.LossScaleOptimizer)):
-                optimizer = GuardedOptimizer(optimizer)
-            if isinstance(optimizer, GuardedOptimizer) and _computes_in_float16(self.diffusion_model):
-                optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-            if not optimizer.built:
-                optimizer.build(self.trainable_variables)
+        optimizer = keras.optimizers.get(optimizer)
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        # MirroredStrategy cannot apply an optimizer under a condition: there Keras' own features have to do
+        single = getattr(getattr(self, "distribute_strategy", None), "num_replicas_in_sync", 1) == 1
+        if single and not scaled and not isinstance(optimizer, GuardedOptimizer):
+            optimizer = GuardedOptimizer(optimizer)
+        if not scaled and _computes_in_float16(self.diffusion_model):
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        if single and not optimizer.built:
+            optimizer.build(self.trainable_variables)
         kwargs.setdefault("jit_compile", keras.backend.backend() == "jax")
         super().compile(optimizer=optimizer, **kwargs)
 
