@@ -63,22 +63,24 @@ def _attend(query, key, value, is_causal=False):
 def _attend_in_chunks(query, key, value):
     """query (B, heads, N, d), scaled; key (B, heads, d, M); value (B, heads, M, d) → (B, heads, N, d)."""
     known = None not in (query.shape[2], key.shape[3])
-    batch, heads, queries, _ = query.shape if known else ops.shape(query)
-    size = MAX_SCORES // ((batch or 1) * heads * (key.shape[3] if known else ops.shape(key)[3])) + 1
+    (batch, heads, queries, _), keys = (query.shape, key.shape[3]) if known else (ops.shape(query), ops.shape(key)[3])
+    size = MAX_SCORES // ((1 if batch is None else batch) * heads * keys) + 1
+    if known and size >= queries:
+        return _attend(query, key, value)
     count = -(-queries // size)
-    size = -(-queries // count)  # of all chunks alike: the last is filled up
+    size = -(-queries // count)  # of all chunks alike: the last one is filled up
 
     # A queue: chunks leave at the front, results join at the end. So each waits for the one before; side by side, on a
     # machine of many cores, they would hold all scores at once.
-    def step(_, queue):
-        return ops.concatenate([queue[:, :, size:], _attend(queue[:, :, :size], key, value)], axis=2)
+    def step(i, queue):
+        return i + 1, ops.concatenate([queue[:, :, size:], _attend(queue[:, :, :size], key, value)], axis=2)
 
     queue = ops.concatenate([query, query[:, :, : count * size - queries]], axis=2)
     if known:
         for i in range(count):
-            queue = step(i, queue)
-    else:
-        queue = ops.fori_loop(0, count, step, queue)
+            _, queue = step(i, queue)
+    else:  # the maximum is what XLA needs for gradients
+        _, queue = ops.while_loop(lambda i, _: i < count, step, (0, queue), maximum_iterations=count)
     return queue[:, :, :queries]
 
 
