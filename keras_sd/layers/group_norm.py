@@ -29,9 +29,13 @@ class GroupNorm(keras.layers.GroupNormalization):
         wide = ops.cast(x, "float32")
         mean = self._group_mean(ops.mean(wide, axis=(1, 2), keepdims=True), channels)
         variance = self._group_mean(ops.mean(ops.square(wide - mean), axis=(1, 2), keepdims=True), channels)
+        return self.normalize(wide, mean, variance)
+
+    def normalize(self, x, mean, variance):
+        """Normalizes with given statistics, (B, 1, 1, C), each channel's being those of its group."""
         scale = ops.cast(self.gamma, "float32") * ops.rsqrt(variance + self.epsilon)
         shift = ops.cast(self.beta, "float32") - mean * scale
-        return ops.cast(wide * scale + shift, self.compute_dtype)
+        return ops.cast(ops.cast(x, "float32") * scale + shift, self.compute_dtype)
 
     def _group_mean(self, per_channel, channels):
         """(B, 1, 1, C) → the mean of each channel's group, (B, 1, 1, C)."""
