@@ -1,9 +1,10 @@
-"""The four networks of Stable Diffusion, and the one that enlarges pictures, as functional Keras models."""
+"""The networks of Stable Diffusion, and the one that enlarges pictures, as functional Keras models."""
 
+from keras_sd.models.control_net import ControlNet
 from keras_sd.models.decoder import Decoder
 from keras_sd.models.diffusion_model import DiffusionModel
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.rrdbnet import RRDBNet
 from keras_sd.models.text_encoder import TextEncoder
 
-__all__ = ["Decoder", "DiffusionModel", "ImageEncoder", "RRDBNet", "TextEncoder"]
+__all__ = ["ControlNet", "Decoder", "DiffusionModel", "ImageEncoder", "RRDBNet", "TextEncoder"]

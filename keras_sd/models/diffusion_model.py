@@ -62,22 +62,11 @@ class DiffusionModel(keras.Model):
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         widths = tuple(block_out_channels)
-        heads = _per_level(num_attention_heads, widths, "num_attention_heads")
-        attends = _per_level(attention_levels, widths, "attention_levels")
-        only_cross = _per_level(only_cross_attention, widths, "only_cross_attention")
-        last = len(widths) - 1
-
-        # === Layers ===
-        def conv(filters, name):
-            return keras.layers.Conv2D(filters, 3, padding="same", name=name, dtype=dtype)
-
-        def resnet(filters, name):
-            return ResnetBlock(filters, norm_num_groups, time=True, name=name, dtype=dtype)
-
-        def transformer(level, only_cross, name):
-            return SpatialTransformer(
-                widths[level], heads[level], norm_num_groups, use_linear_projection, only_cross, name=name, dtype=dtype
-            )
+        attends = per_level(attention_levels, widths, "attention_levels")
+        only_cross = per_level(only_cross_attention, widths, "only_cross_attention")
+        conv, resnet, transformer = layer_makers(
+            widths, num_attention_heads, use_linear_projection, norm_num_groups, dtype
+        )
 
         # === Functional model ===
         latent = keras.Input((None, None, in_channels), name="latent")
@@ -85,29 +74,16 @@ class DiffusionModel(keras.Model):
         context = keras.Input((None, cross_attention_dim), name="context")
         inputs = {"latent": latent, "timestep_embedding": timestep, "context": context}
 
-        time = keras.layers.Dense(4 * widths[0], name="time_embedding.linear_1", dtype=dtype)(timestep)
-        time = keras.layers.Dense(4 * widths[0], name="time_embedding.linear_2", dtype=dtype)(ops.silu(time))
+        time = embed_time(timestep, dtype)
         if num_class_embeds is not None:
             inputs["class_label"] = keras.Input((), name="class_label", dtype="int32")
             embedding = keras.layers.Embedding(num_class_embeds, 4 * widths[0], name="class_embedding", dtype=dtype)
             time = time + embedding(inputs["class_label"])
 
         x = conv(widths[0], "conv_in")(latent)
-        skips = [x]
-        for level, width in enumerate(widths):
-            block = f"down_blocks.{level}"
-            for i in range(layers_per_block):
-                x = resnet(width, f"{block}.resnets.{i}")(x, time)
-                if attends[level]:
-                    x = transformer(level, only_cross[level], f"{block}.attentions.{i}")(x, context)
-                skips.append(x)
-            if level < last:
-                x = Downsample(width, name=f"{block}.downsamplers.0", dtype=dtype)(x)
-                skips.append(x)
-
-        x = resnet(widths[-1], "mid_block.resnets.0")(x, time)
-        x = transformer(last, False, "mid_block.attentions.0")(x, context)
-        x = resnet(widths[-1], "mid_block.resnets.1")(x, time)
+        makers = resnet, transformer
+        x, skips = way_down(x, time, context, makers, widths, layers_per_block, attends, only_cross, dtype)
+        joints = [time, x, *skips]
 
         for block_index, level in enumerate(reversed(range(len(widths)))):
             block = f"up_blocks.{block_index}"
@@ -125,6 +101,21 @@ class DiffusionModel(keras.Model):
 
         # === Config ===
         self.arguments = arguments
+        self._joints = joints
+
+    @property
+    def controlled(self):
+        """A model with the same layers that takes the residuals of a `ControlNet` besides: dict with this model's
+        inputs and `residuals`, a list in the order of the network's results → prediction."""
+        inputs, (_, middle, *skips) = dict(self.input), self._joints
+        others = [x for name, x in inputs.items() if name != "latent"]
+        residuals = [keras.Input(x.shape[1:], name=f"residual_{i}") for i, x in enumerate([*skips, middle])]
+        down = keras.Model(inputs, self._joints)
+        up = keras.Model([*others, *self._joints], self.output)
+        time, middle, *skips = down(inputs)
+        *skips, middle = (ops.add(x, residual) for x, residual in zip([*skips, middle], residuals))
+        prediction = up([*others, time, middle, *skips])
+        return keras.Model({**inputs, "residuals": residuals}, prediction, name=self.name)
 
     @property
     def gradient_checkpointing(self):
@@ -148,7 +139,61 @@ class DiffusionModel(keras.Model):
         return cls(**config)
 
 
-def _per_level(value, widths, name):
+def layer_makers(widths, num_attention_heads, use_linear_projection, norm_num_groups, dtype):
+    """Functions that make the layers of a U-Net: convolution (filters, name), residual block (filters, name) and
+    spatial transformer (level, only_cross_attention, name)."""
+    heads = per_level(num_attention_heads, widths, "num_attention_heads")
+
+    def conv(filters, name):
+        return keras.layers.Conv2D(filters, 3, padding="same", name=name, dtype=dtype)
+
+    def resnet(filters, name):
+        return ResnetBlock(filters, norm_num_groups, time=True, name=name, dtype=dtype)
+
+    def transformer(level, only_cross, name):
+        return SpatialTransformer(
+            widths[level], heads[level], norm_num_groups, use_linear_projection, only_cross, name=name, dtype=dtype
+        )
+
+    return conv, resnet, transformer
+
+
+def embed_time(timestep, dtype):
+    """The sinusoidal embedding (B, C) of a timestep through two dense layers: (B, 4 C)."""
+    width = 4 * timestep.shape[-1]
+    time = keras.layers.Dense(width, name="time_embedding.linear_1", dtype=dtype)(timestep)
+    return keras.layers.Dense(width, name="time_embedding.linear_2", dtype=dtype)(ops.silu(time))
+
+
+def way_down(x, time, context, makers, widths, layers_per_block, attends, only_cross, dtype):
+    """The down blocks and the middle of a U-Net.
+
+    Args:
+        x: (B, h, w, widths[0]), what `conv_in` gives.
+        makers: (residual block, spatial transformer) of `layer_makers`.
+        attends, only_cross: one value per level.
+
+    Returns:
+        (middle, skips): (B, …, widths[-1]), and the list of the skip connections, `x` being the first.
+    """
+    resnet, transformer = makers
+    skips, last = [x], len(widths) - 1
+    for level, width in enumerate(widths):
+        block = f"down_blocks.{level}"
+        for i in range(layers_per_block):
+            x = resnet(width, f"{block}.resnets.{i}")(x, time)
+            if attends[level]:
+                x = transformer(level, only_cross[level], f"{block}.attentions.{i}")(x, context)
+            skips.append(x)
+        if level < last:
+            x = Downsample(width, name=f"{block}.downsamplers.0", dtype=dtype)(x)
+            skips.append(x)
+    x = resnet(widths[-1], "mid_block.resnets.0")(x, time)
+    x = transformer(last, False, "mid_block.attentions.0")(x, context)
+    return resnet(widths[-1], "mid_block.resnets.1")(x, time), skips
+
+
+def per_level(value, widths, name):
     """One value per level, from one value for all or a sequence."""
     values = (value,) * len(widths) if isinstance(value, (int, bool)) else tuple(value)
     if len(values) != len(widths):

@@ -47,7 +47,7 @@ ATTENTION_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 
 def text_encoder_arguments(config):
     """Arguments of `TextEncoder` from a transformers CLIP text config."""
-    _require(config, "text_encoder", layer_norm_eps=(1e-5,), hidden_act=("quick_gelu", "gelu"))
+    require(config, "text_encoder", layer_norm_eps=(1e-5,), hidden_act=("quick_gelu", "gelu"))
     defaults = {
         "vocab_size": 49408,
         "max_position_embeddings": 77,
@@ -60,13 +60,13 @@ def text_encoder_arguments(config):
     return {name: config.get(name, default) for name, default in defaults.items()}
 
 
-def diffusion_model_arguments(config):
-    """Arguments of `DiffusionModel` from a `UNet2DConditionModel` config."""
+def diffusion_model_arguments(config, component="unet"):
+    """Arguments of `DiffusionModel` from a `UNet2DConditionModel` config; errors call it that of `component`."""
     widths = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
     levels = len(widths)
-    _require(
+    require(
         config,
-        "unet",
+        component,
         act_fn=("silu", "swish"),
         center_input_sample=(False,),
         flip_sin_to_cos=(True,),
@@ -97,24 +97,32 @@ def diffusion_model_arguments(config):
     )
     for block in config.get("down_block_types", ()):
         if block not in ATTENTION_BLOCKS:
-            raise ValueError(f"unet/config.json: down_block_types holds {block!r}; known: {sorted(ATTENTION_BLOCKS)}.")
+            raise ValueError(
+                f"{component}/config.json: down_block_types holds {block!r}; known: {sorted(ATTENTION_BLOCKS)}."
+            )
     attention = [ATTENTION_BLOCKS[block] for block in config.get("down_block_types", _default_down_blocks(levels))]
     up = [block.replace("Up", "Down") for block in config.get("up_block_types", ())]
     if up and [ATTENTION_BLOCKS.get(block) for block in reversed(up)] != attention:
-        raise ValueError(f"unet/config.json: up_block_types {config['up_block_types']} do not mirror down_block_types.")
+        raise ValueError(
+            f"{component}/config.json: up_block_types {config['up_block_types']} do not mirror down_block_types."
+        )
     # diffusers calls the number of heads "attention_head_dim", a name that its first checkpoints made permanent.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     only_cross_attention = config.get("only_cross_attention", False)
     if only_cross_attention is True:  # then that of the middle block follows it
-        raise ValueError("unet/config.json: only_cross_attention is True; only False or one per level is supported.")
+        raise ValueError(
+            f"{component}/config.json: only_cross_attention is True; only False or one per level is supported."
+        )
     return dict(
         in_channels=config.get("in_channels", 4),
         out_channels=config.get("out_channels", 4),
         block_out_channels=widths,
-        layers_per_block=_one_number(config.get("layers_per_block", 2), "layers_per_block"),
+        layers_per_block=_one_number(config.get("layers_per_block", 2), f"{component}/config.json: layers_per_block"),
         attention_levels=tuple(attention),
         num_attention_heads=heads if isinstance(heads, int) else tuple(heads),
-        cross_attention_dim=_one_number(config.get("cross_attention_dim", 1280), "cross_attention_dim"),
+        cross_attention_dim=_one_number(
+            config.get("cross_attention_dim", 1280), f"{component}/config.json: cross_attention_dim"
+        ),
         use_linear_projection=config.get("use_linear_projection", False),
         norm_num_groups=config.get("norm_num_groups", 32),
         only_cross_attention=tuple(only_cross_attention) if only_cross_attention else False,
@@ -125,7 +133,7 @@ def diffusion_model_arguments(config):
 def autoencoder_arguments(config):
     """Arguments that `ImageEncoder` and `Decoder` share, from an `AutoencoderKL` config."""
     widths = tuple(config.get("block_out_channels", (64,)))
-    _require(
+    require(
         config,
         "vae",
         down_block_types=(["DownEncoderBlock2D"] * len(widths),),
@@ -267,13 +275,17 @@ def read_component(folder, component, variant=None):
     """
     folder = pathlib.Path(folder) / component
     config = read_json(folder / "config.json")
-    names = WEIGHT_FILES[component]
+    return config, read_arrays(weight_file(folder, WEIGHT_FILES[component], variant))
+
+
+def weight_file(folder, names, variant=None):
+    """The first of the files that is there, as in `read_component`; `variant` as there."""
     variants = [re.sub(r"^(\w+)\.", rf"\1.{v}.", name) for v in ([variant] if variant else ["fp16"]) for name in names]
     candidates = [*variants, *names] if variant else [*names, *variants]
     path = next((folder / name for name in candidates if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"No weights in {str(folder)!r}; one of {', '.join(names)} should be there.")
-    return config, read_arrays(path)
+    return path
 
 
 def build_text_encoder(config, arrays, source, dtype=None):
@@ -369,7 +381,7 @@ def write_folder(
     write_json(folder / "model_index.json", index)
 
 
-def _require(config, component, **allowed):
+def require(config, component, **allowed):
     """Raises where a field of the config has a value that the model does not implement."""
     for name, values in allowed.items():
         if name in config and config[name] not in values:
@@ -380,7 +392,7 @@ def _require(config, component, **allowed):
 def _one_number(value, name):
     values = {value} if isinstance(value, int) else set(value)
     if len(values) != 1:
-        raise ValueError(f"unet/config.json: {name} is {value!r}; only one value for all levels is supported.")
+        raise ValueError(f"{name} is {value!r}; only one value for all levels is supported.")
     return values.pop()
 
 

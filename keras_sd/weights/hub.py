@@ -21,6 +21,9 @@ SMALL_FILES = [
     "tokenizer/*",
     *(f"{component}/config.json" for component in COMPONENTS),
 ]
+# What there is to fetch of a repository: (component → stem of its weights' names, other files, the first one needed).
+PIPELINE = COMPONENTS, SMALL_FILES
+SINGLE_MODEL = {".": "diffusion_pytorch_model"}, ["config.json"]
 _URI = re.compile(r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(/(?P<file>[^@\s]+))?(@(?P<revision>\S+))?")
 
 
@@ -33,7 +36,7 @@ def cache_folder():
 # === The Hugging Face Hub ===
 
 
-def download_hf(uri, sha256=None):
+def download_hf(uri, sha256=None, layout=PIPELINE):
     """Fetch `hf://owner/name[@revision]`, a folder in the diffusers layout, or `hf://owner/name/file[@revision]`.
 
     Of a folder only what keras_sd reads is fetched, `.bin` weights only for a model without safetensors. Files come to
@@ -42,6 +45,7 @@ def download_hf(uri, sha256=None):
     Args:
         uri: what to fetch; `revision` is a branch, tag or commit.
         sha256: dict path in the repository -> hexadecimal digest of the files to check; for a single file, a digest.
+        layout: `PIPELINE`, or `SINGLE_MODEL` for a repository that holds one network, as a ControlNet's does.
 
     Returns:
         Path of the folder or of the file.
@@ -65,7 +69,7 @@ def download_hf(uri, sha256=None):
             path = Path(hf_hub_download(repo, file, revision=revision))
             pins = {path: sha256} if sha256 else {}
         else:
-            path = _snapshot(uri, repo, revision)
+            path = _snapshot(uri, repo, revision, *layout)
             pins = {path / name: digest for name, digest in (sha256 or {}).items()}
     for pinned, digest in pins.items():
         if not pinned.is_file():
@@ -78,24 +82,25 @@ def download_hf(uri, sha256=None):
     return path
 
 
-def _snapshot(uri, repo, revision):
+def _snapshot(uri, repo, revision, components, small_files):
     from huggingface_hub import snapshot_download
 
-    def patterns(stem, suffix):
-        return [f"{stem}{suffix}", f"{stem}{suffix}.index.json", f"{stem}-*-of-*{suffix}"]
+    def patterns(stems, suffix):
+        endings = f"{suffix}", f"{suffix}.index.json", f"-*-of-*{suffix}"
+        return [f"{name}/{stem}{end}".removeprefix("./") for name, stem in stems.items() for end in endings]
 
     def missing(folder):
-        return [name for name, stem in COMPONENTS.items() if not [*(folder / name).glob(f"{stem}*")]]
+        return [name for name, stem in components.items() if not [*(folder / name).glob(f"{stem}*")]]
 
-    wanted = [f"{name}/{pattern}" for name, stem in COMPONENTS.items() for pattern in patterns(stem, ".safetensors")]
-    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=SMALL_FILES + wanted))
+    wanted = patterns(components, ".safetensors")
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=small_files + wanted))
     if without := missing(folder):
-        stems = {name: "pytorch_model" if name == "text_encoder" else COMPONENTS[name] for name in without}
-        wanted = [f"{name}/{pattern}" for name, stem in stems.items() for pattern in patterns(stem, ".bin")]
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=SMALL_FILES + wanted))
+        stems = {name: "pytorch_model" if name == "text_encoder" else components[name] for name in without}
+        wanted = patterns(stems, ".bin")
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=small_files + wanted))
         without = [name for name in missing(folder) if not [*(folder / name).glob(f"{stems[name]}*.bin*")]]
-    if without or not (folder / "model_index.json").is_file():
-        lacking = f"{without[0]}/ weights" if without else "model_index.json"
+    if without or not (folder / small_files[0]).is_file():
+        lacking = f"{without[0]}/ weights".removeprefix("./ ") if without else small_files[0]
         raise FileNotFoundError(
             f"{uri} is not in the diffusers layout, or only part of it is in the cache: there are no {lacking}. "
             "For a single-file checkpoint write hf://owner/name/file."
