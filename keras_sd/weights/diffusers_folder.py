@@ -161,17 +161,16 @@ def autoencoder_arguments(config):
 # === Models → configs ===
 
 
-def text_encoder_config(model, tokenizer):
-    """The transformers config of a `TextEncoder`."""
+def text_encoder_config(model, tokenizer=None):
+    """The transformers config of a `TextEncoder`; with the special tokens' ids where a tokenizer is given."""
     arguments = _widths(model)
+    ids = {"bos_token_id": "start_id", "eos_token_id": "end_id", "pad_token_id": "pad_id"}
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         **arguments,
         "attention_dropout": 0.0,
-        "bos_token_id": tokenizer.start_id,
-        "eos_token_id": tokenizer.end_id,
-        "pad_token_id": tokenizer.pad_id,
+        **({} if tokenizer is None else {field: getattr(tokenizer, name) for field, name in ids.items()}),
         "layer_norm_eps": 1e-5,
         "projection_dim": arguments["hidden_size"],
         # Whatever the file holds: transformers would open the text encoder in its dtype, diffusers the rest in float32.

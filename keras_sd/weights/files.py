@@ -131,6 +131,15 @@ def _read_safetensors(path):
     return arrays
 
 
+def read_metadata(path):
+    """The dict of strings that a `.safetensors` file carries beside its tensors; empty for any other file."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header.get("__metadata__") or {}
+
+
 def read_nested(path):
     """Read a torch file as it is: nested dicts and lists, with arrays for tensors; for files that are no model.
 

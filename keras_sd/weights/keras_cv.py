@@ -13,6 +13,8 @@ the path of attributes inside. `LAYERS` says which layer of KerasCV holds which 
 """
 
 import collections
+import inspect
+import json
 import pathlib
 
 import h5py
@@ -79,6 +81,21 @@ CONTAINERS = {
     "attn2": "cross_attention",
     "geglu": "geglu",
 }
+V2_ARGUMENTS = {  # where SD v2 differs from v1
+    TextEncoder: {
+        "hidden_size": 1024,
+        "num_hidden_layers": 23,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "hidden_act": "gelu",
+    },
+    DiffusionModel: {
+        "num_attention_heads": (5, 10, 20, 20),
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    },
+}
+METADATA = "keras_sd"  # attribute of a file: what KerasCV's layout has no place for, as JSON; KerasCV passes over it
 SUFFIXES = ("kernel", "gamma", "embeddings", "beta", "bias")  # the order of a layer's own variables
 
 
@@ -170,21 +187,53 @@ def read_keras_cv(path):
         raise ValueError(f"{str(path)!r} is not in the layout of a KerasCV model: {error}.") from None
 
 
-def write_keras_cv(model, path):
+def write_keras_cv(model, path, dtype="float32", metadata=None):
     """Writes one of the four models in the published layout, whole or not at all.
 
+    Args:
+        model: a `TextEncoder`, `DiffusionModel`, `Decoder` or `ImageEncoder`.
+        path: `.h5` file to write.
+        dtype: "float32" or "float16".
+        metadata: dict for JSON, to be read by `read_metadata`; the model's arguments are added.
+
     Raises:
-        ValueError: the model's topology is not SD v1's or v2's, so that KerasCV has no model for it.
+        ValueError: the model's topology is not SD v1's or v2's, so that KerasCV has no model for it; or HDF5 does not
+            have the dtype.
     """
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"KerasCV's .h5 files hold float32 or float16; got {dtype!r}.")
     layers = published_names(model)
+    metadata = {"arguments": _arguments(model), **(metadata or {})}
     with atomic_file(path) as part, h5py.File(part, "w") as file:
         _write_attribute(file, "layer_names", [name for name, _, _ in layers])
         file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.12.0"
+        file.attrs[METADATA] = json.dumps(metadata)
         for name, kind, variables in layers:
             group = file.create_group(name)
             _write_attribute(group, "weight_names", list(variables))
             for weight_name, variable in variables.items():
-                group[weight_name] = _widened(np.asarray(variable, "float32"), kind)
+                group[weight_name] = _widened(np.asarray(variable, "float32").astype(dtype), kind)
+
+
+def read_metadata(path):
+    """What `write_keras_cv` added to the weights; empty for files of others."""
+    with h5py.File(path, "r") as file:
+        return json.loads(file.attrs.get(METADATA, "{}"))
+
+
+def has_published_widths(model):
+    """Whether a model is SD v1's or v2's, which are those that KerasCV makes."""
+    defaults = {name: one.default for name, one in inspect.signature(type(model)).parameters.items()}
+    return any(_arguments(model) == _plain({**defaults, **v2.get(type(model), {})}) for v2 in ({}, V2_ARGUMENTS))
+
+
+def _arguments(model):
+    return _plain(model.arguments)
+
+
+def _plain(arguments):
+    """Arguments of a model as JSON has them."""
+    return json.loads(json.dumps({k: v for k, v in arguments.items() if k not in ("name", "dtype")}))
 
 
 def published_names(model):
@@ -285,7 +334,7 @@ def build_from_keras_cv(path, dtype=None, **arguments):
     Args:
         path: an `.h5` file of KerasCV.
         dtype: Keras dtype policy.
-        **arguments: of the model, in place of what the arrays say.
+        **arguments: of the model, in place of what the metadata and the arrays say.
 
     Raises:
         FileNotFoundError, ValueError: as `read_keras_cv`; or an array has another shape than its place asks for.
@@ -295,7 +344,7 @@ def build_from_keras_cv(path, dtype=None, **arguments):
         cls, widths = _class_and_widths(layers, arrays)
     except (IndexError, ValueError):
         raise ValueError(f"{str(path)!r} is not in the layout of a KerasCV model: a layer lacks arrays.") from None
-    model = cls(**{**widths, **arguments}, dtype=dtype)
+    model = cls(**{**widths, **read_metadata(path).get("arguments", {}), **arguments}, dtype=dtype)
     _assign(model, layers, arrays, str(path))
     return model
 

@@ -6,10 +6,14 @@ for that layout: every module of the file, and what diffusers calls it. Tables a
 Reference: https://github.com/CompVis/stable-diffusion, https://github.com/Stability-AI/stablediffusion.
 """
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
+
+from keras_sd.weights.assign import to_state_dict
+from keras_sd.weights.files import read_arrays, read_metadata, write_safetensors
 
 UNET, VAE, TEXT, OPEN_CLIP = (
     "model.diffusion_model.",
@@ -310,6 +314,56 @@ def _check_family(arrays):
         "The checkpoint is no Stable Diffusion single file: "
         f"no key begins with {UNET}, {VAE} or cond_stage_model. (its first is {first})."
     )
+
+
+# === Files ===
+
+
+METADATA = "keras_sd.config"  # JSON: `single_file_config` of the model, of which names and shapes tell the most only
+
+
+def read_single_file(path):
+    """Reads a single file.
+
+    Returns:
+        (config as of `single_file_config`, components as of `split_single_file`). What the file's metadata says is more
+        than names and shapes do; only files from here have it.
+
+    Raises: as `read_arrays`, `single_file_config` and `split_single_file`.
+    """
+    arrays = read_arrays(path)
+    config = single_file_config(arrays, prediction_type_beside(path))
+    try:
+        return config | json.loads(read_metadata(path).get(METADATA, "{}")), split_single_file(arrays)
+    except (json.JSONDecodeError, TypeError):
+        raise ValueError(f"{str(path)!r} is damaged: its metadata {METADATA} is no JSON.") from None
+
+
+def write_single_file(path, models, config, dtype=None):
+    """Writes models as a `.safetensors` file, whole or not at all.
+
+    Args:
+        path: file to write.
+        models: dict with `text_encoder`, `unet`, `vae`; each a list of the Keras models whose variables it holds.
+        config: dict with the configs of those and of the `scheduler`, as in a diffusers folder.
+        dtype: NumPy dtype of the weights; by default that of the variables.
+
+    Raises:
+        ValueError: a tensor has no place in a single file; the message names it.
+    """
+    components = {}
+    for name, parts in models.items():
+        arrays = {key: array for part in parts for key, array in to_state_dict(part).items()}
+        components[name] = {key: array.astype(dtype) for key, array in arrays.items()} if dtype else arrays
+    open_clip = config["text_encoder"]["hidden_act"] == "gelu"
+    arrays = to_single_file(components, open_clip)
+    again = split_single_file(arrays)
+    lost = [key for name, own in components.items() for key in own if key not in again.get(name, {})]
+    if lost:
+        raise ValueError(f"The key {lost[0]} has no place in a single file of Stable Diffusion v1 or v2.")
+    if open_clip and config["scheduler"].get("prediction_type", "epsilon") == "epsilon":
+        arrays["global_step"] = np.asarray(875000)  # the step of v2-base, by which readers tell it from v2
+    write_safetensors(path, arrays, {"format": "pt", METADATA: json.dumps(config)})
 
 
 # === Renaming ===
