@@ -333,9 +333,14 @@ def read_single_file(path):
     """
     arrays = read_arrays(path)
     config = single_file_config(arrays, prediction_type_beside(path))
+    return config | metadata_config(path), split_single_file(arrays)
+
+
+def metadata_config(path):
+    """The configs that `write_single_file` put into a file; an empty dict where there are none."""
     try:
-        return config | json.loads(read_metadata(path).get(METADATA, "{}")), split_single_file(arrays)
-    except (json.JSONDecodeError, TypeError):
+        return json.loads(read_metadata(path).get(METADATA, "{}"))
+    except json.JSONDecodeError:
         raise ValueError(f"{str(path)!r} is damaged: its metadata {METADATA} is no JSON.") from None
 
 
