@@ -78,6 +78,15 @@ def locate(preset):
     )
 
 
+def locate_model(source):
+    """The path of a single model: a path as it is, `hf://owner/name[/file][@revision]` downloaded."""
+    if not str(source).startswith("hf://"):
+        return pathlib.Path(source)
+    from keras_sd.weights.hub import SINGLE_MODEL, download_hf
+
+    return download_hf(str(source), layout=SINGLE_MODEL)
+
+
 def clip_vocabulary():
     """The path of CLIP's vocabulary, downloaded once."""
     from keras_sd.weights.hub import cache_folder, download
