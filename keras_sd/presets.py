@@ -87,6 +87,33 @@ def locate_model(source):
     return download_hf(str(source), layout=SINGLE_MODEL)
 
 
+def locate_safety_checker(preset, source):
+    """The folder of a safety checker, downloaded where it must be.
+
+    Args:
+        preset: of the model, as in `locate`.
+        source: True for the preset's own, or a path or `hf://owner/name` of another one.
+
+    Raises:
+        FileNotFoundError: the preset has none.
+    """
+    from keras_sd.weights.hub import OWN_SAFETY_CHECKER, SAFETY_CHECKER, download_hf
+
+    if source is not True:
+        is_remote = str(source).startswith("hf://")
+        return download_hf(str(source), layout=SAFETY_CHECKER) if is_remote else pathlib.Path(source)
+    path = PRESETS[str(preset)].source if str(preset) in PRESETS else str(preset)
+    if path.startswith("hf://") and not path.partition("@")[0].endswith((".ckpt", ".safetensors")):
+        path = download_hf(path, layout=OWN_SAFETY_CHECKER)
+    folder = pathlib.Path(path) / "safety_checker"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{str(preset)!r} has no safety checker of its own; give safety_checker the folder of one, "
+            "or 'hf://CompVis/stable-diffusion-safety-checker'."
+        )
+    return folder
+
+
 def clip_vocabulary():
     """The path of CLIP's vocabulary, downloaded once."""
     from keras_sd.weights.hub import cache_folder, download

@@ -6,5 +6,6 @@ from keras_sd.models.diffusion_model import DiffusionModel
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.rrdbnet import RRDBNet
 from keras_sd.models.text_encoder import TextEncoder
+from keras_sd.models.vision_encoder import VisionEncoder
 
-__all__ = ["ControlNet", "Decoder", "DiffusionModel", "ImageEncoder", "RRDBNet", "TextEncoder"]
+__all__ = ["ControlNet", "Decoder", "DiffusionModel", "ImageEncoder", "RRDBNet", "TextEncoder", "VisionEncoder"]

@@ -143,9 +143,9 @@ def _normal(stddev):
 
 @keras.saving.register_keras_serializable(package="keras_sd")
 class EncoderLayer(keras.layers.Layer):
-    """Causal self-attention and a feed-forward layer, each with LayerNorm before and a skip around it: (B, N, dim)."""
+    """Self-attention and a feed-forward layer, each with LayerNorm before and a skip around it: (B, N, dim)."""
 
-    def __init__(self, dim, num_heads, intermediate_size, hidden_act, **kwargs):
+    def __init__(self, dim, num_heads, intermediate_size, hidden_act, is_causal=True, **kwargs):
         super().__init__(**kwargs)
         self.intermediate_size = intermediate_size
         self.activation = ACTIVATIONS[hidden_act]
@@ -153,7 +153,7 @@ class EncoderLayer(keras.layers.Layer):
             dim,
             num_heads,
             use_bias=True,
-            is_causal=True,
+            is_causal=is_causal,
             names=("q_proj", "k_proj", "v_proj", "out_proj"),
             name="self_attn",
             dtype=self.dtype_policy,

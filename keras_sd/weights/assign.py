@@ -68,7 +68,7 @@ def _to_state_dict(variable):
 
 
 def _is_embedding(key):
-    return key.endswith("_embedding.weight")
+    return key.endswith("_embedding.weight") and not key.endswith("patch_embedding.weight")  # which is a convolution
 
 
 def _some(keys):

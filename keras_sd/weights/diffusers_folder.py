@@ -6,12 +6,14 @@ of their fields.
 
 import pathlib
 import re
+import shutil
 
 from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
 from keras_sd.weights.assign import assign_state_dict, to_state_dict
-from keras_sd.weights.files import read_arrays, read_json, write_json, write_safetensors
+from keras_sd.weights.files import atomic_file, read_arrays, read_json, write_json, write_safetensors
 
 COMPONENTS = ("text_encoder", "unet", "vae")
+COMPANIONS = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def _weight_files(stem, torch_stem):
@@ -347,6 +349,7 @@ def write_folder(
     image_size,
     dtype=None,
     upscaler=None,
+    companions=None,
 ):
     """Writes a whole model in the diffusers layout, `model_index.json` last.
 
@@ -358,6 +361,7 @@ def write_folder(
         image_size: default (height, width) in pixels.
         dtype: NumPy dtype of the weights; by default that of the variables.
         upscaler: of a ×4 upscaler, (config of the low-resolution picture's scheduler, largest noise level).
+        companions: what is copied beside it, as `companions` gives it.
     """
     folder = pathlib.Path(folder)
     factor = 2 ** (len(decoder.arguments["block_out_channels"]) - 1)
@@ -368,6 +372,9 @@ def write_folder(
     write_component(folder, "vae", autoencoder_config(decoder, side), [image_encoder, decoder], dtype)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {**MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
+    for name, (source, entry) in (companions or {}).items():
+        _copy_folder(source, folder / name)
+        index |= {name: entry} | ({"requires_safety_checker": True} if name == "safety_checker" else {})
     if upscaler:
         low_res_scheduler, max_noise_level = upscaler
         write_json(folder / "low_res_scheduler" / "scheduler_config.json", low_res_scheduler)
@@ -386,6 +393,22 @@ def require(config, component, **allowed):
         if name in config and config[name] not in values:
             known = " or ".join(map(repr, values))
             raise ValueError(f"{component}/config.json: {name} is {config[name]!r}; only {known} is supported.")
+
+
+def companions(folder):
+    """What a folder holds beside what drawing needs: dict name → (its folder, its entry in `model_index.json`)."""
+    folder = pathlib.Path(folder)
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    names = [name for name in COMPANIONS if (folder / name).is_dir() and any(index.get(name) or ())]
+    return {name: (folder / name, index[name]) for name in names}
+
+
+def _copy_folder(source, target):
+    for path in pathlib.Path(source).rglob("*"):
+        copy = target / path.relative_to(source)
+        if path.is_file() and not (copy.exists() and copy.samefile(path)):
+            with open(path, "rb") as file, atomic_file(copy) as part:
+                shutil.copyfileobj(file, part)
 
 
 def _one_number(value, name):

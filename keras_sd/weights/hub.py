@@ -24,6 +24,8 @@ SMALL_FILES = [
 # What there is to fetch of a repository: (component → stem of its weights' names, other files, the first one needed).
 PIPELINE = COMPONENTS, SMALL_FILES
 SINGLE_MODEL = {".": "diffusion_pytorch_model"}, ["config.json"]
+SAFETY_CHECKER = {".": "model"}, ["config.json", "preprocessor_config.json"]
+OWN_SAFETY_CHECKER = {"safety_checker": "model"}, ["safety_checker/config.json", "feature_extractor/*"]
 _URI = re.compile(r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(/(?P<file>[^@\s]+))?(@(?P<revision>\S+))?")
 
 
@@ -45,7 +47,8 @@ def download_hf(uri, sha256=None, layout=PIPELINE):
     Args:
         uri: what to fetch; `revision` is a branch, tag or commit.
         sha256: dict path in the repository -> hexadecimal digest of the files to check; for a single file, a digest.
-        layout: `PIPELINE`, or `SINGLE_MODEL` for a repository that holds one network, as a ControlNet's does.
+        layout: `PIPELINE`, one of the safety checkers', or `SINGLE_MODEL` for a repository that holds one network, as a
+            ControlNet's does.
 
     Returns:
         Path of the folder or of the file.
@@ -95,7 +98,7 @@ def _snapshot(uri, repo, revision, components, small_files):
     wanted = patterns(components, ".safetensors")
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=small_files + wanted))
     if without := missing(folder):
-        stems = {name: "pytorch_model" if name == "text_encoder" else components[name] for name in without}
+        stems = {name: "pytorch_model" if components[name] == "model" else components[name] for name in without}
         wanted = patterns(stems, ".bin")
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=small_files + wanted))
         without = [name for name in missing(folder) if not [*(folder / name).glob(f"{stems[name]}*.bin*")]]
