@@ -22,25 +22,34 @@ class Denoiser(keras.Model):
         two_passes: run the network on the unconditional and on the conditional half one after the other instead of
             as one batch of twice the size: half the memory, a little slower.
         jit_compile: compile with XLA; by default only on JAX.
+        control_nets: `ControlNet`s that steer it; what they add sums up.
+        guess_mode: they steer the conditional half only, and the less the earlier on the U-Net's way down: the
+            pictures they see count for more than the prompt.
 
     Call arguments:
         dict with `latent` (B, h, w, C), `history` (B, 5, h, w, C) (the remembered outputs, newest first; zeros at the
         start), `context` (B, N, width), `row` (B, columns) in the order of `keras_sd.samplers.COLUMNS`, and where
         needed `unconditional_context` (B, N, width) (without it there is one pass and no guidance), `noise`
         (B, h, w, C) (only for rows that add noise), `extra` (B, h, w, E) (channels that the network sees beside
-        the latent, as inpainting models do) and `class_label` int32 (B,) (for networks that have classes).
+        the latent, as inpainting models do), `class_label` int32 (B,) (for networks that have classes), and
+        `conditioning` (B, nets, H, W, 3) in [0, 1] with `control_scale` (B, nets) (for rows with ControlNets).
 
     Returns:
         dict with the next `latent` and `history`.
 
     Reference: Ho & Salimans (2022), Classifier-Free Diffusion Guidance, arXiv 2207.12598, equation 6 (guidance scale
-    1 + w); the row's meaning is in `keras_sd.samplers`.
+    1 + w); the row's meaning is in `keras_sd.samplers`; Zhang et al. (2023), arXiv 2302.05543, section 3.4
+    (ControlNets under guidance).
     """
 
-    def __init__(self, diffusion_model, two_passes=False, jit_compile=None, **kwargs):
+    def __init__(
+        self, diffusion_model, two_passes=False, jit_compile=None, control_nets=(), guess_mode=False, **kwargs
+    ):
         super().__init__(**kwargs)
         self.diffusion_model = diffusion_model
         self.two_passes = two_passes
+        self.control_nets, self.guess_mode = list(control_nets), guess_mode
+        self.controlled = diffusion_model.controlled if control_nets else None
         self._functions = {}  # shape of the latent, length of the context → compiled step
         self.compile(jit_compile=keras.backend.backend() == "jax" if jit_compile is None else jit_compile)
 
@@ -59,31 +68,64 @@ class Denoiser(keras.Model):
         return {"latent": latent, "history": history}
 
     def _guided(self, inputs, latent, guidance):
-        if "extra" in inputs:
-            latent = ops.concatenate([latent, inputs["extra"]], axis=-1)
         timestep, context, label = inputs["row"][:, 1], inputs["context"], inputs.get("class_label")
+        seen = ops.concatenate([latent, inputs["extra"]], axis=-1) if "extra" in inputs else latent
         if "unconditional_context" not in inputs:
-            return self._predict(latent, timestep, context, label)
+            residuals = self._residuals(inputs, latent, timestep, context)
+            return self._predict(seen, timestep, context, label, residuals)
         unconditional_context = inputs["unconditional_context"]
         if self.two_passes:
-            unconditional = self._predict(latent, timestep, unconditional_context, label)
-            conditional = self._predict(latent, timestep, context, label)
+            residuals = None
+            if not self.guess_mode:
+                residuals = self._residuals(inputs, latent, timestep, unconditional_context)
+            unconditional = self._predict(seen, timestep, unconditional_context, label, residuals)
+            residuals = self._residuals(inputs, latent, timestep, context)
+            conditional = self._predict(seen, timestep, context, label, residuals)
         else:
-            both = self._predict(
-                ops.concatenate([latent, latent]),
-                ops.concatenate([timestep, timestep]),
-                ops.concatenate([unconditional_context, context]),
-                None if label is None else ops.concatenate([label, label]),
-            )
+            contexts = ops.concatenate([unconditional_context, context])
+            if self.guess_mode:
+                residuals = self._residuals(inputs, latent, timestep, context)
+                residuals = residuals and [ops.concatenate([ops.zeros_like(x), x]) for x in residuals]
+            else:
+                doubled = {key: _twice(inputs[key]) for key in ("conditioning", "control_scale") if key in inputs}
+                residuals = self._residuals(doubled, _twice(latent), _twice(timestep), contexts)
+            both = self._predict(_twice(seen), _twice(timestep), contexts, _twice(label), residuals)
             unconditional, conditional = ops.split(both, 2)
         return unconditional + guidance * (conditional - unconditional)
 
-    def _predict(self, latent, timestep, context, label=None):
-        width = next(x.shape[-1] for x in self.diffusion_model.inputs if x.name == "timestep_embedding")
-        inputs = {"latent": latent, "timestep_embedding": timestep_embedding(timestep, width), "context": context}
+    def _predict(self, latent, timestep, context, label=None, residuals=None):
+        inputs = {"latent": latent, "timestep_embedding": self._embedding(timestep), "context": context}
         if label is not None:
             inputs["class_label"] = label
-        return ops.cast(self.diffusion_model(inputs), "float32")
+        if residuals is None:
+            return ops.cast(self.diffusion_model(inputs), "float32")
+        return ops.cast(self.controlled({**inputs, "residuals": residuals}), "float32")
+
+    def _residuals(self, inputs, latent, timestep, context):
+        """What the ControlNets add to the U-Net, a list of tensors; None in a row without them."""
+        if "conditioning" not in inputs:
+            return None
+        conditioning, scales = inputs["conditioning"], inputs["control_scale"]
+        embedding, total = self._embedding(timestep), None
+        for i, net in enumerate(self.control_nets):
+            residuals = net(
+                {
+                    "latent": latent,
+                    "timestep_embedding": embedding,
+                    "context": context,
+                    "conditioning": conditioning[:, i],
+                }
+            )
+            graded = self.guess_mode and not net.arguments["global_pool_conditions"]
+            factors = np.logspace(-1, 0, len(residuals)) if graded else np.ones(len(residuals))
+            scale = scales[:, i, None, None, None]
+            residuals = [x * ops.cast(scale * float(factor), x.dtype) for x, factor in zip(residuals, factors)]
+            total = residuals if total is None else [x + y for x, y in zip(total, residuals)]
+        return total
+
+    def _embedding(self, timestep):
+        width = next(x.shape[-1] for x in self.diffusion_model.inputs if x.name == "timestep_embedding")
+        return timestep_embedding(timestep, width)
 
     def _step(self, inputs):
         # One function per shape: TensorFlow would generalise a second shape to unknown sizes, which cannot be chunked.
@@ -102,6 +144,8 @@ class Denoiser(keras.Model):
         noise=None,
         extra=None,
         class_label=None,
+        conditioning=None,
+        control_scales=None,
         blend=None,
         callback=None,
         estimate=None,
@@ -118,6 +162,8 @@ class Denoiser(keras.Model):
             noise: function row → (B, h, w, C), the fresh noise of stochastic samplers; see `keras_sd.noise.row_noise`.
             extra: (B, h, w, E), further channels at the network's input.
             class_label: int32 (B,), only for networks that have classes.
+            conditioning: float32 (1, nets, H, W, 3) in [0, 1], what each of the `control_nets` sees.
+            control_scales: float32 (rows, nets), their scales in each row; they do not run where all are 0.
             blend: function (row, latent) → latent, applied after every row (inpainting keeps what is known with it).
             callback: function (row, rows, latent), called after every row. The run stops where it returns False.
             estimate: function (row, latent before it, output remembered in it) → the clean latent that the network
@@ -144,6 +190,9 @@ class Denoiser(keras.Model):
                 inputs["unconditional_context"] = _at_row(unconditional_context, i)
             if table.noise[i]:
                 inputs["noise"] = np.asarray(noise(i), "float32")
+            if conditioning is not None and control_scales[i].any():
+                inputs["conditioning"] = np.repeat(conditioning, batch_size, axis=0)
+                inputs["control_scale"] = np.repeat(control_scales[i : i + 1], batch_size, axis=0)
             state = {key: np.asarray(value) for key, value in self._step(inputs).items()}
             if blend is not None:
                 state["latent"] = np.asarray(blend(i, state["latent"]), "float32")
@@ -168,3 +217,7 @@ class _Latent(np.ndarray):
 
 def _at_row(context, row):
     return context(row) if callable(context) else context
+
+
+def _twice(x):
+    return None if x is None else ops.concatenate([x, x])

@@ -109,7 +109,9 @@ class DiffusionModel(keras.Model):
         inputs and `residuals`, a list in the order of the network's results → prediction."""
         inputs, (_, middle, *skips) = dict(self.input), self._joints
         others = [x for name, x in inputs.items() if name != "latent"]
-        residuals = [keras.Input(x.shape[1:], name=f"residual_{i}") for i, x in enumerate([*skips, middle])]
+        residuals = [
+            keras.Input(x.shape[1:], None, x.dtype, name=f"residual_{i}") for i, x in enumerate([*skips, middle])
+        ]
         down = keras.Model(inputs, self._joints)
         up = keras.Model([*others, *self._joints], self.output)
         time, middle, *skips = down(inputs)
