@@ -22,6 +22,7 @@ def build_parser():
     add("--out", required=True, help="folder: OUT/NAME/VERSION/, OUT/models.config, OUT/batching.config are written")
     add("--format", choices=FORMATS, default="saved_model", help="what to write (default: saved_model)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and arithmetic")
+    add("--vae", metavar="PATH", help="another autoencoder: folder, .safetensors, .ckpt or hf://owner/name")
     append = {"action": "append", "default": []}
     add("--lora", type=with_suffix(float), metavar="PATH[:SCALE]", help="LoRA to merge in; may be repeated", **append)
     add(
@@ -67,7 +68,7 @@ def main(arguments=None):
     from keras_sd import StableDiffusion
 
     try:
-        sd = StableDiffusion.from_preset(options.preset, dtype=options.dtype)
+        sd = StableDiffusion.from_preset(options.preset, dtype=options.dtype, vae=options.vae)
         for path, token in options.embedding:
             sd.load_textual_inversion(path, token)
         for path, scale in options.lora:

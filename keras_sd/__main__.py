@@ -6,7 +6,6 @@ Keras takes seconds to import, so nothing here imports it before the arguments a
 import argparse
 import os
 import pathlib
-import shutil
 import sys
 import warnings
 
@@ -59,6 +58,7 @@ def build_parser():
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--tokenizer", help="merges file or tokenizer folder, for a checkpoint that carries none")
+    model.add_argument("--vae", metavar="PATH", help="another autoencoder: folder, .safetensors, .ckpt or hf://…")
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the models")
 
     draw = argparse.ArgumentParser(add_help=False, parents=[model])
@@ -98,6 +98,19 @@ def build_parser():
         type=with_suffix(str),
         metavar="PATH[:TOKEN]",
         help="textual inversion to know (default token: its own); may be repeated",
+    )
+    draw.add_argument("--low-memory", action="store_true", help="hold one model at a time, and all that follows here")
+    draw.add_argument("--two-pass-guidance", action="store_true", help="half the U-Net's memory, a little slower")
+    draw.add_argument("--vae-slicing", action="store_true", help="decode the pictures of a batch one after another")
+    draw.add_argument("--vae-tiling", action="store_true", help="decode a picture in parts, as large ones always are")
+    draw.add_argument(
+        "--safety-checker", action="store_const", const=True, help="black out what the preset's safety checker flags"
+    )
+    draw.add_argument(
+        "--safety-checker-from", dest="safety_checker", metavar="PATH", help="the same, with another one: its folder"
+    )
+    draw.add_argument(
+        "--watermark", action="store_true", help="mark pictures invisibly, as the original scripts did (256 × 256 up)"
     )
     draw.add_argument("--preview", metavar="FILE", help="PNG to show the picture in, as it is every few steps")
     draw.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -142,6 +155,9 @@ def build_parser():
     drawing("img2img", [draw, batch, size, vary, start], "image_to_image", 0.8, help="change a picture")
     inpaint = drawing("inpaint", [draw, batch, size, vary, start], "inpaint", 1.0, help="repaint a part of a picture")
     inpaint.add_argument("--mask", required=True, help="picture that is white where to repaint")
+    inpaint.add_argument(
+        "--feather", type=number(int, 0), help="pixels over which old fades into new, inside the mask (default 0)"
+    )
 
     picture = argparse.ArgumentParser(add_help=False)
     picture.add_argument("init_img", metavar="picture", help="picture to enlarge")
@@ -175,9 +191,14 @@ def build_parser():
 
     presets = commands.add_parser("presets", help="list the built-in presets")
     presets.set_defaults(run=list_presets)
-    convert = commands.add_parser("convert", parents=[model], help="any format → a folder in the diffusers layout")
+    convert = commands.add_parser("convert", parents=[model], help="any format → any other")
     convert.add_argument("source", help="preset, path or hf://owner/name")
-    convert.add_argument("target", help="folder to write; it must not exist")
+    convert.add_argument("target", help="what to write, a folder or .safetensors; nothing may be there")
+    convert.add_argument(
+        "--format",
+        choices=("diffusers", "single_file", "keras_cv"),
+        help="what to write (default: single_file for .safetensors, keras_cv for a folder ….h5, else diffusers)",
+    )
     convert.set_defaults(run=convert_checkpoint)
     return parser
 
@@ -240,6 +261,7 @@ def draw_pictures(args):
     if not varies and getattr(args, "variation_seed", None) is not None:
         args.usage_error("--variation-seed needs a --variation-strength")
     sd = open_model(args.ckpt or args.preset, args)
+    check_watermark(args, sd, pictures)
     load_additions(sd, args, loras)
     options |= watching(args, sd)
     seed = secrets.randbits(31) if args.seed is None else args.seed
@@ -262,23 +284,26 @@ def draw_pictures(args):
         )
         for i, image in enumerate(images, start=first):
             parameters = described(args, sd, sampler, seed if varies else seed + i, image)
+            flagged = args.safety_checker and sd.flagged[i - first]
+            parameters["Safety_checker"] = "blacked out" if flagged else None
             if varies:
                 parameters["Variation_seed"] = args.variation_seed + i
                 parameters["Variation_seed_strength"] = f"{args.variation_strength:g}"
-            path = write_picture(args, i, image, prompt or "", parameters)
+            path = write_picture(args, i, watermarked(args, image), prompt or "", parameters)
             varied = f" varied by {args.variation_strength:g} towards {args.variation_seed + i}" if varies else ""
-            print(f"{path}: seed {parameters['Seed']}{varied}", flush=True)
+            blacked_out = ", blacked out by the safety checker" if flagged else ""
+            print(f"{path}: seed {parameters['Seed']}{varied}{blacked_out}", flush=True)
 
 
 def enlarge_picture(args, picture):
     """upscale with a network alone: one picture, no preset."""
     from keras_sd import __version__
 
-    given = args.strength, args.noise_level, args.preview, *args.lora, *args.embedding
+    given = args.strength, args.noise_level, args.preview, args.safety_checker, *args.lora, *args.embedding
     if args.n_samples * args.n_iter > 1 or any(value is not None for value in given):
         args.usage_error(
-            "--n_samples, --n_iter, --strength, --noise_level, --preview, --lora and --embedding need a prompt; "
-            "--model alone enlarges"
+            "--n_samples, --n_iter, --strength, --noise_level, --preview, --safety-checker, --lora and --embedding "
+            "need a prompt; --model alone enlarges"
         )
     start_backend()
     from keras_sd.stable_diffusion import StableDiffusion
@@ -290,12 +315,12 @@ def enlarge_picture(args, picture):
         "Postprocess_upscaler": pathlib.Path(args.model).stem,
         "Version": f"keras_sd {__version__}",
     }
-    print(write_picture(args, 0, image, "", parameters), flush=True)
+    print(write_picture(args, 0, watermarked(args, image), "", parameters), flush=True)
 
 
 def method_options(args):
     """What a command has that the others have not, as arguments of its method; those not given are left out."""
-    names = "height", "width", "strength", "hires", "hires_strength", "noise_level"
+    names = "height", "width", "strength", "feather", "hires", "hires_strength", "noise_level"
     options = {name: getattr(args, name, None) for name in names}
     if args.method == "upscale":
         options |= {"scale": args.outscale, "model": args.model, "tile": args.tile}
@@ -407,10 +432,31 @@ def described(args, sd, sampler, seed, image):
         "Hires_upscaler": "Latent" if hires else None,
         "Upscaler": pathlib.Path(args.model).stem if getattr(args, "model", None) else None,
         "Loras": ", ".join(f"{pathlib.Path(p).stem}: {1 if s is None else s:g}" for p, s in args.lora or ()) or None,
+        "Mask_blur": getattr(args, "feather", None),
         "Noise_level": getattr(args, "noise_level", None),
         "Eta": args.ddim_eta,
         "Version": f"keras_sd {__version__}",
     }
+
+
+# === --watermark ===
+
+
+def check_watermark(args, sd, pictures=()):
+    """Raises where the pictures will be too small for a watermark; of an enlarged one that is said afterwards."""
+    from keras_sd.watermark import check_size
+
+    if args.watermark and getattr(args, "method", None) != "upscale":
+        known = pictures[0].size[::-1] if pictures else sd.image_size
+        sides = (getattr(args, name) or side for name, side in zip(("height", "width"), known))
+        check_size(*(int(side * (getattr(args, "hires", None) or 1)) for side in sides))
+
+
+def watermarked(args, image):
+    """The picture, with a watermark where --watermark asks for it."""
+    from keras_sd.watermark import add_watermark
+
+    return add_watermark(image) if args.watermark else image
 
 
 # === --preview ===
@@ -453,6 +499,8 @@ def draw_film(args):
     """interpolate: the frames, as a strip or an animation."""
     import secrets
 
+    import numpy as np
+
     from keras_sd.film import check_film, write_film
 
     if args.to_prompt is None and args.to_seed is None:
@@ -465,6 +513,7 @@ def draw_film(args):
     for path in paths:
         check_film(path)
     sd = open_model(args.ckpt or args.preset, args)
+    check_watermark(args, sd)
     load_additions(sd, args, loras)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     frames = sd.interpolate(
@@ -484,6 +533,9 @@ def draw_film(args):
     )
     parameters = described(args, sd, sampler, seed, frames[0])
     parameters |= {"To_prompt": args.to_prompt, "To_seed": args.to_seed, "Frames": len(frames)}
+    if args.safety_checker and any(sd.flagged):
+        print(f"The safety checker blacked out {sum(sd.flagged)} of the pictures.")
+    frames = np.stack([watermarked(args, frame) for frame in frames])
     for path in paths:
         write_film(path, frames, args.fps, args.prompt, negative_prompt=args.negative_prompt, **parameters)
         print(f"{path}: seed {seed}", flush=True)
@@ -521,14 +573,19 @@ def load_additions(sd, args, loras):
 
 
 def open_model(source, args):
-    """The `StableDiffusion` of a preset or path, with --tokenizer and --dtype."""
-    from keras_sd.presets import locate
+    """The `StableDiffusion` of a preset or path, with --tokenizer, --dtype and the options that save memory."""
+    from keras_sd.presets import locate, locate_safety_checker
 
     path = locate(source)
     start_backend()
     from keras_sd.stable_diffusion import StableDiffusion
 
-    return StableDiffusion.from_preset(path, dtype=args.dtype, tokenizer=args.tokenizer)
+    names = "low_memory", "two_pass_guidance", "vae_slicing", "vae_tiling"
+    savings = {name: True for name in names if getattr(args, name, False)}
+    other = {} if args.vae is None else {"vae": args.vae}
+    if getattr(args, "safety_checker", None) is not None:
+        other["safety_checker"] = locate_safety_checker(source, args.safety_checker)
+    return StableDiffusion.from_preset(path, dtype=args.dtype, tokenizer=args.tokenizer, **savings, **other)
 
 
 def start_backend():
@@ -559,19 +616,12 @@ def list_presets(args):
 
 
 def convert_checkpoint(args):
-    """convert: opens a checkpoint and saves it as a preset. The folder appears when it is complete, or not at all."""
-    from keras_sd.png import check_writable
+    """convert: opens a checkpoint and writes it in another format. The target appears complete, or not at all."""
+    from keras_sd.convert import check_target, format_of, write_checkpoint
 
-    target = pathlib.Path(os.path.abspath(args.target))
-    if target.exists():
-        raise FileExistsError(f"{args.target!r} exists already; name a folder that does not.")
-    check_writable(target)
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        open_model(args.source, args).save_preset(part, args.dtype)
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    format = args.format or format_of(args.target)
+    check_target(args.target, format)
+    write_checkpoint(open_model(args.source, args), args.target, format, args.dtype)
     print(args.target)
 
 

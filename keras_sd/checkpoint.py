@@ -29,6 +29,12 @@ SD_SCHEDULER = {
 }
 
 
+ARGUMENTS = {  # model → its component in diffusers' configs, and how that is read
+    "diffusion_model": ("unet", folder_format.diffusion_model_arguments),
+    "decoder": ("vae", folder_format.autoencoder_arguments),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """The parts of one Stable Diffusion model; each is read when it is asked for.
@@ -37,9 +43,13 @@ class Checkpoint:
         tokenizer: () → `CLIPTokenizer`.
         text_encoder, diffusion_model, image_encoder, decoder: (dtype policy) → model with its weights.
         scheduler: () → scheduler config, a dict in the fields of diffusers.
-        image_size: () → default (height, width) in pixels.
+        image_size: (levels of the autoencoder, by default its own) → default (height, width) in pixels.
+        arguments: ("diffusion_model" or "decoder") → the arguments of that model, a dict, without reading its weights;
+            None where only they tell.
         upscaler: () → None, or for a ×4 upscaler (config of the scheduler that noises the small picture, largest noise
             level).
+        companions: () → dict of what a diffusers folder holds beside it, e.g. `safety_checker`: (folder, its entry in
+            `model_index.json`).
     """
 
     tokenizer: Callable
@@ -49,7 +59,9 @@ class Checkpoint:
     decoder: Callable
     scheduler: Callable
     image_size: Callable
+    arguments: Callable | None = None
     upscaler: Callable = lambda: None
+    companions: Callable = dict
 
 
 def open_checkpoint(path, tokenizer=None):
@@ -90,12 +102,16 @@ def open_diffusers_folder(path):
 
         return read
 
-    def image_size():
+    def image_size(levels=None):
         config = folder_format.read_json(path / "unet" / "config.json")
-        levels = len(folder_format.read_json(path / "vae" / "config.json")["block_out_channels"])
+        levels = levels or len(folder_format.read_json(path / "vae" / "config.json")["block_out_channels"])
         size = config.get("sample_size") or 64
         height, width = (size, size) if isinstance(size, int) else size
         return height * 2 ** (levels - 1), width * 2 ** (levels - 1)
+
+    def arguments(name):
+        component, from_config = ARGUMENTS[name]
+        return from_config(folder_format.read_json(path / component / "config.json"))
 
     def upscaler():
         if not is_upscaler:
@@ -112,29 +128,39 @@ def open_diffusers_folder(path):
         decoder=part("vae", folder_format.build_decoder),
         scheduler=lambda: folder_format.read_json(path / "scheduler" / "scheduler_config.json"),
         image_size=image_size,
+        arguments=arguments,
         upscaler=upscaler,
+        companions=lambda: folder_format.companions(path),
     )
 
 
 def open_single_file(path, tokenizer=None):
     """Opens a single-file checkpoint; see `keras_sd.weights.single_file`. The file is read once."""
-    from keras_sd.weights import single_file
-    from keras_sd.weights.files import read_arrays
+    from keras_sd.weights.single_file import read_single_file
 
     @functools.cache
     def read():
-        arrays = read_arrays(path)
-        config = single_file.single_file_config(arrays, single_file.prediction_type_beside(path))
-        return config, single_file.split_single_file(arrays)
+        return read_single_file(path)
+
+    def missing(component):
+        raise ValueError(f"{str(path)!r} holds no {component}.")
 
     def part(component, build):
         def build_part(dtype=None):
             config, arrays = read()
-            if component not in arrays:
-                raise ValueError(f"{str(path)!r} holds no {component}.")
-            return build(config[component], arrays[component], str(path), dtype)
+            return build(config[component], arrays.get(component) or missing(component), str(path), dtype)
 
         return build_part
+
+    def arguments(name):
+        component, from_config = ARGUMENTS[name]
+        return from_config(read()[0].get(component) or missing(component))
+
+    def image_size(levels=None):
+        config = read()[0]
+        side = 64 if config["scheduler"].get("prediction_type", "epsilon") == "epsilon" else 96
+        levels = levels or (len(config["vae"]["block_out_channels"]) if "vae" in config else 4)
+        return (config["unet"].get("sample_size", side) * 2 ** (levels - 1),) * 2
 
     return Checkpoint(
         tokenizer=lambda: clip_tokenizer(tokenizer, read()[0]["tokenizer"]["pad_token"]),
@@ -143,8 +169,37 @@ def open_single_file(path, tokenizer=None):
         image_encoder=part("vae", folder_format.build_image_encoder),
         decoder=part("vae", folder_format.build_decoder),
         scheduler=lambda: read()[0]["scheduler"],
-        image_size=lambda: (512, 512) if read()[0]["scheduler"]["prediction_type"] == "epsilon" else (768, 768),
+        image_size=image_size,
+        arguments=arguments,
     )
+
+
+def with_vae(checkpoint, path):
+    """The checkpoint with another autoencoder; see `keras_sd.weights.vae`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: what is there is no autoencoder, or one for latents of other channels.
+    """
+    from keras_sd.presets import locate_model
+    from keras_sd.weights.vae import read_vae
+
+    path = locate_model(path)
+    config, arrays = read_vae(path)
+    own = folder_format.autoencoder_arguments(config)
+    changes = {
+        "image_encoder": lambda dtype=None: folder_format.build_image_encoder(config, arrays, str(path), dtype),
+        "decoder": lambda dtype=None: folder_format.build_decoder(config, arrays, str(path), dtype),
+    }
+    if checkpoint.arguments is not None:
+        channels = checkpoint.arguments("diffusion_model")["out_channels"]
+        if own["latent_channels"] != channels:
+            raise ValueError(
+                f"vae: {str(path)!r} makes latents of {own['latent_channels']} channels; this model's have {channels}."
+            )
+        changes["arguments"] = lambda name: own if name == "decoder" else checkpoint.arguments(name)
+        changes["image_size"] = lambda: checkpoint.image_size(len(own["block_out_channels"]))
+    return dataclasses.replace(checkpoint, **changes)
 
 
 KERAS_CV_FILES = {
@@ -157,24 +212,29 @@ KERAS_CV_FILES = {
 
 def open_keras_cv_folder(path, tokenizer=None):
     """Opens a folder of KerasCV's weights under the names it publishes them; see `keras_sd.weights.keras_cv`."""
-    from keras_sd.weights.keras_cv import build_from_keras_cv
+    from keras_sd.weights.keras_cv import build_from_keras_cv, read_metadata
+
+    def file(name):
+        names = KERAS_CV_FILES[name]
+        found = next((path / name for name in names if (path / name).exists()), None)
+        if found is None:
+            raise FileNotFoundError(f"{str(path)!r} holds no {' or '.join(names)} for the {name}.")
+        return found
 
     def part(name):
-        def build(dtype=None):
-            names = KERAS_CV_FILES[name]
-            file = next((path / name for name in names if (path / name).exists()), None)
-            if file is None:
-                raise FileNotFoundError(f"{str(path)!r} holds no {' or '.join(names)} for the {name}.")
-            return build_from_keras_cv(file, dtype)
+        return lambda dtype=None: build_from_keras_cv(file(name), dtype)
 
-        return build
+    def further(field, default):
+        return read_metadata(file("diffusion_model")).get(field, default)
 
     v2 = (path / KERAS_CV_FILES["diffusion_model"][1]).exists()
     return Checkpoint(
         tokenizer=lambda: clip_tokenizer(tokenizer, "!" if v2 else "<|endoftext|>"),
         **{name: part(name) for name in KERAS_CV_FILES},
-        scheduler=lambda: {**SD_SCHEDULER, "prediction_type": "v_prediction" if v2 else "epsilon"},
-        image_size=lambda: (768, 768) if v2 else (512, 512),
+        scheduler=lambda: further(
+            "scheduler", {**SD_SCHEDULER, "prediction_type": "v_prediction" if v2 else "epsilon"}
+        ),
+        image_size=lambda: tuple(further("image_size", (768, 768) if v2 else (512, 512))),
     )
 
 

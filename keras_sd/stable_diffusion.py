@@ -1,6 +1,7 @@
 """The pipeline: tokenizer, the four models and a sampler, composed."""
 
 import functools
+import gc
 import numbers
 import pathlib
 import secrets
@@ -9,8 +10,10 @@ import keras
 import numpy as np
 from PIL import Image
 
+from keras_sd import tiling
+from keras_sd.control import check_fit, conditioning, control_scales, read_controls
 from keras_sd.denoiser import Denoiser
-from keras_sd.images import fit, read_image, to_model
+from keras_sd.images import feathered, fit, read_image, to_model
 from keras_sd.lora import Adapters, add_lora, lora_factors, lora_layers, remove_lora, target_layers
 from keras_sd.noise import initial_noise, lerp, row_noise, seeds_of, slerp
 from keras_sd.presets import locate
@@ -22,6 +25,8 @@ from keras_sd.super_resolution import enlarge
 from keras_sd.weights.lora import write_lora
 from keras_sd.weights.rrdbnet import read_rrdbnet
 from keras_sd.weights.textual_inversion import read_textual_inversion
+
+WHOLE = 2**20  # pixels that the autoencoder takes at once, unless it is told otherwise: one picture of 1024 × 1024
 
 
 class StableDiffusion:
@@ -38,6 +43,16 @@ class StableDiffusion:
         dtype: Keras dtype policy of the models: "float32", "bfloat16", "float16"; by default Keras' own setting.
         tokenizer: merges file or `tokenizer/` folder, for checkpoints that carry none.
         two_pass_guidance: run the U-Net on the unconditional and the conditional half in sequence: half the memory.
+        vae_slicing: encode and decode the pictures of a batch one after another; by default where they have more than
+            2²⁰ pixels together.
+        vae_tiling: encode and decode a picture in bands that overlap, with the same result (see `keras_sd.tiling`); by
+            default where it has more than 2²⁰ pixels.
+        low_memory: hold one of the four models at a time: each is read from the preset's files when its turn comes, and
+            the one before is given up. Implies the other three. Models that were assigned, or have LoRAs, are kept.
+        vae: another autoencoder: folder, file or `hf://owner/name[/file]`; see `keras_sd.weights.vae`.
+        safety_checker: True for the preset's own, or the folder or `hf://owner/name` of another one; by default
+            pictures are not checked. Those that it flags come back black, and `flagged` then says which: a list with a
+            bool per picture of the last call.
 
     Example:
 
@@ -55,10 +70,19 @@ class StableDiffusion:
         dtype=None,
         tokenizer=None,
         two_pass_guidance=False,
+        vae_slicing=None,
+        vae_tiling=None,
+        low_memory=False,
+        vae=None,
+        safety_checker=None,
     ):
         self.preset, self.dtype, self.jit_compile = preset, dtype, jit_compile
-        self.two_pass_guidance = two_pass_guidance
-        self._tokenizer_source = tokenizer
+        self.two_pass_guidance = two_pass_guidance or low_memory
+        self.vae_slicing, self.vae_tiling = (True, True) if low_memory else (vae_slicing, vae_tiling)
+        self.low_memory = low_memory
+        self._replaceable = {}  # name → model that was read from files and can be again
+        self._tokenizer_source, self._vae_source, self._safety_checker_source = tokenizer, vae, safety_checker
+        self.flagged = None  # of the last call's pictures, which ones the safety checker blacked out; None without one
         for name, value in (("img_height", img_height), ("img_width", img_width)):
             if value is not None:
                 _check_integer(name, value, 8)
@@ -77,16 +101,17 @@ class StableDiffusion:
             ValueError, FileNotFoundError: no such preset or path, or what is there is no checkpoint.
         """
         model = cls(preset=preset, **kwargs)
-        model.checkpoint  # noqa: B018  (a wrong name is said here, not at the first picture)
+        model.checkpoint, model.safety_checker  # noqa: B018  (a wrong name is said here, not at the first picture)
         return model
 
     # === Parts, loaded at first use ===
 
     @functools.cached_property
     def checkpoint(self):
-        from keras_sd.checkpoint import open_checkpoint
+        from keras_sd.checkpoint import open_checkpoint, with_vae
 
-        return open_checkpoint(locate(self.preset), self._tokenizer_source)
+        checkpoint = open_checkpoint(locate(self.preset), self._tokenizer_source)
+        return checkpoint if self._vae_source is None else with_vae(checkpoint, self._vae_source)
 
     @functools.cached_property
     def tokenizer(self):
@@ -94,19 +119,33 @@ class StableDiffusion:
 
     @functools.cached_property
     def text_encoder(self):
-        return self._compiled(self.checkpoint.text_encoder(self.dtype))
+        return self._part("text_encoder")
 
     @functools.cached_property
     def diffusion_model(self):
-        return self._compiled(self.checkpoint.diffusion_model(self.dtype))
+        return self._part("diffusion_model")
 
     @functools.cached_property
     def image_encoder(self):
-        return self._compiled(self.checkpoint.image_encoder(self.dtype))
+        return self._part("image_encoder")
 
     @functools.cached_property
     def decoder(self):
-        return self._compiled(self.checkpoint.decoder(self.dtype))
+        return self._part("decoder")
+
+    @functools.cached_property
+    def safety_checker(self):
+        """The `SafetyChecker` that looks at all pictures, None without one."""
+        if self._safety_checker_source in (None, False):
+            return None
+        from keras_sd.presets import locate_safety_checker
+        from keras_sd.safety_checker import SafetyChecker
+
+        return SafetyChecker(locate_safety_checker(self.preset, self._safety_checker_source))
+
+    @functools.cached_property
+    def safety_encoder(self):
+        return self._part("safety_encoder", self.safety_checker.build_encoder)
 
     @functools.cached_property
     def scheduler(self):
@@ -138,6 +177,41 @@ class StableDiffusion:
             known = self._denoiser = Denoiser(self.diffusion_model, self.two_pass_guidance, self.jit_compile)
         return known
 
+    def _controlled_denoiser(self, controls, guess_mode):
+        """The step with ControlNets; that of the last ones is kept."""
+        # diffusers' rule: a first network that averages its residuals over the picture brings all into that mode
+        guess_mode = bool(guess_mode or controls[0].net.arguments["global_pool_conditions"])
+        parts = [self.diffusion_model, *(one.net for one in controls), guess_mode]
+        known = self.__dict__.get("_controlled")
+        if known is None or [known.diffusion_model, *known.control_nets, known.guess_mode] != parts:
+            known = Denoiser(parts[0], self.two_pass_guidance, self.jit_compile, parts[1:-1], guess_mode)
+            self._controlled = known
+        return known
+
+    def _part(self, name, read=None):
+        """Reads a model, by default from the checkpoint; with `low_memory` first gives up those read before."""
+        if self.low_memory:
+            for other, model in self._replaceable.items():
+                if vars(self).get(other) is model:  # and not one that was assigned in its place
+                    del vars(self)[other]
+            self._replaceable.clear()
+            self._forget_step(traces=True)
+            model = None
+            gc.collect()  # models and their compiled functions refer to each other
+        model = self._replaceable[name] = self._compiled((read or getattr(self.checkpoint, name))(self.dtype))
+        return model
+
+    def _keep(self, *names):
+        """Models that are going to be changed: read again, they would be what they were."""
+        for name in names:
+            getattr(self, name)
+            self._replaceable.pop(name, None)
+
+    def _argument(self, name, key):
+        """One of the arguments that a model was or will be made with; where it can be, without reading the model."""
+        known = name in vars(self) or self.checkpoint.arguments is None
+        return (getattr(self, name).arguments if known else self.checkpoint.arguments(name))[key]
+
     def _compiled(self, model):
         model.compile(jit_compile=keras.backend.backend() == "jax" if self.jit_compile is None else self.jit_compile)
         return model
@@ -162,6 +236,7 @@ class StableDiffusion:
             self.image_size,
             dtype,
             self.checkpoint.upscaler(),
+            self.checkpoint.companions(),
         )
 
     # === LoRA ===
@@ -184,6 +259,7 @@ class StableDiffusion:
         """
         path = pathlib.Path(path)
         name = (path.stem if path.is_file() else path.name) if name is None else name
+        self._keep("diffusion_model", "text_encoder")
         self._adapters.load(path, scale, name)
         self._forget_step()
         return name
@@ -213,6 +289,7 @@ class StableDiffusion:
             number of layers that have factors now.
         """
         targets = (targets,) if isinstance(targets, str) else targets
+        self._keep("diffusion_model", *(["text_encoder"] if text_encoder else []))
         layers = add_lora(self.diffusion_model, rank, alpha, targets, seed)
         if text_encoder:
             targets = [target for target in targets if target_layers(self.text_encoder, target)]
@@ -246,6 +323,7 @@ class StableDiffusion:
         """The compiled step knows variables that are no longer used; OpenVINO's knows the values of all."""
         if traces or keras.backend.backend() == "openvino":
             self.__dict__.pop("_denoiser", None)
+            self.__dict__.pop("_controlled", None)
 
     # === Textual inversion ===
 
@@ -358,6 +436,8 @@ class StableDiffusion:
         sampler=None,
         height=None,
         width=None,
+        control=None,
+        guess_mode=False,
         noise=None,
         callback=None,
         progress=True,
@@ -384,6 +464,11 @@ class StableDiffusion:
             sampler: one of `keras_sd.SAMPLERS`, or a `SamplerTable` of one's own (then `num_steps`, guidance and
                 options are the table's); by default the preset's.
             height, width: size in pixels; by default `img_height` and `img_width`.
+            control: ControlNets that steer the picture, whose effects add up: list of (net, image), (net, image, scale)
+                or (net, image, scale, start, end), see `keras_sd.control.Control`; nets come from `load_control_net`.
+                An image of another size is scaled to cover the picture's, and its middle is taken.
+            guess_mode: the ControlNets steer the conditional half only, and the less the earlier in the U-Net: for
+                drawing without a prompt, at a guidance scale of 3 to 5.
             noise: function row → unit noise (batch_size, h, w, 4) for stochastic samplers; by default from `seed`.
             callback: function (step, num_steps, latent), called after every step, a NumPy array (batch_size, h, w, 4)
                 whose attribute `clean` is the latent that the network sees coming; `preview` shows it. The run stops
@@ -422,6 +507,8 @@ class StableDiffusion:
             callback=callback,
             progress=progress,
             second_pass=second_pass,
+            control=control,
+            guess_mode=guess_mode,
         )
 
     # === Image to image ===
@@ -443,6 +530,8 @@ class StableDiffusion:
         sampler=None,
         height=None,
         width=None,
+        control=None,
+        guess_mode=False,
         noise=None,
         callback=None,
         progress=True,
@@ -464,13 +553,14 @@ class StableDiffusion:
         Returns:
             uint8 (batch_size, height, width, 3).
         """
+        _check_strength(strength)
         picture = self._fitted(image, height, width)
         known = self.encode(picture)
         if latent_scale is not None:
             known = _resized(known, _check_scale("latent_scale", latent_scale))
-        if _check_strength(strength) == 0:
+        if strength == 0:
             count = _count(batch_size, prompts=as_list(prompt), negative_prompts=negative_prompt, seeds=seed)
-            return np.repeat(self.decode(known), count, axis=0)
+            return self._checked(np.repeat(self.decode(known), count, axis=0))
         options = {**sampler_options, "strength": strength}
         return self._draw(
             as_list(prompt),
@@ -486,6 +576,8 @@ class StableDiffusion:
             callback=callback,
             progress=progress,
             known=known,
+            control=control,
+            guess_mode=guess_mode,
         )
 
     def inpaint(
@@ -501,11 +593,14 @@ class StableDiffusion:
         diffusion_noise=None,
         seed=None,
         *,
+        feather=0,
         variation_seed=None,
         variation_strength=None,
         sampler=None,
         height=None,
         width=None,
+        control=None,
+        guess_mode=False,
         noise=None,
         callback=None,
         progress=True,
@@ -519,6 +614,7 @@ class StableDiffusion:
         Args:
             image: as in `image_to_image`.
             mask: picture of the same size; white (128 and above) is repainted.
+            feather: pixels inside the mask, from its edge on, over which the old picture fades into the new one.
             prompt: what to draw there: a string, or a list with one string per picture.
             strength: in (0, 1]; below 1 the repainted part starts from what was there.
             Others: as in `generate_image`.
@@ -526,19 +622,24 @@ class StableDiffusion:
         Returns:
             uint8 (batch_size, height, width, 3).
         """
+        if _check_strength(strength) == 0:
+            raise ValueError("strength must be above 0 for inpaint; got 0.")
         image, mask = read_image(image), read_image(mask, "mask")
         if mask.size != image.size:
-            raise ValueError(f"mask is {mask.size} pixels, the image {image.size}; they must be alike.")
+            sizes = (f"{one.width} × {one.height}" for one in (mask, image))
+            raise ValueError("mask has {} pixels and the image {}; they must be alike.".format(*sizes))
         picture = self._fitted(image, height, width)
         mask = np.asarray(fit(mask, picture.height, picture.width, self.factor).convert("L")) >= 128
         if not mask.any():
             raise ValueError("mask is empty: nothing in it is white (128 or more), so there is nothing to repaint.")
-        if _check_strength(strength) == 0:
-            raise ValueError("strength must be above 0 for inpaint; got 0.")
+        weights = feathered(mask, _check_integer("feather", feather, 0))[..., None]
         known = self.encode(picture)
-        repaint = mask[:: self.factor, :: self.factor, None].astype("float32")
+        repaint = mask[:: self.factor, :: self.factor]
+        if not repaint.any():  # it falls between the pixels that stand for the latent's positions
+            repaint = mask.reshape(len(repaint), self.factor, -1, self.factor).any(axis=(1, 3))
+        repaint = repaint[..., None].astype("float32")
         extra = None
-        if self.diffusion_model.arguments["in_channels"] == 2 * known.shape[-1] + 1:
+        if self._argument("diffusion_model", "in_channels") == 2 * known.shape[-1] + 1:
             masked = self.encode(np.where(mask[..., None], 0.0, to_model(picture)))
             extra = np.concatenate([repaint[None], masked], axis=-1)
         drawn = self._draw(
@@ -557,8 +658,13 @@ class StableDiffusion:
             known=known if strength < 1 else None,
             extra=extra,
             keep=None if extra is not None else (known, repaint),
+            control=control,
+            guess_mode=guess_mode,
         )
-        return np.where(mask[..., None], drawn, np.asarray(picture))
+        blended = np.round(weights * drawn + (1.0 - weights) * np.asarray(picture, "float32")).astype("uint8")
+        if self.flagged is not None:
+            blended[self.flagged] = 0
+        return blended
 
     # === Enlarging ===
 
@@ -671,7 +777,7 @@ class StableDiffusion:
             negative_prompt,
             batch_size,
             self._table(sampler, num_steps, unconditional_guidance_scale, sampler_options),
-            (image.height, image.width, self.decoder.arguments["latent_channels"]),
+            (image.height, image.width, self._argument("decoder", "latent_channels")),
             num_steps=_steps(sampler, num_steps, sampler_options.get("strength", 1.0)),
             diffusion_noise=diffusion_noise,
             seed=seed,
@@ -761,9 +867,12 @@ class StableDiffusion:
                 progress=progress,
             )
 
-        drawn = []
+        drawn, flagged = [], []
         for positions in np.array_split(np.linspace(0.0, 1.0, frames), batches):
-            drawn += [] if stopped else [draw(positions)]
+            if not stopped:
+                drawn.append(draw(positions))
+                flagged += self.flagged or []
+        self.flagged = None if self.flagged is None else flagged
         return np.concatenate(drawn)
 
     # === Latents ===
@@ -771,12 +880,20 @@ class StableDiffusion:
     def encode(self, image):
         """Encodes a PIL image or an array (B, H, W, 3) in [-1, 1] to scaled latents (B, h, w, 4)."""
         image = to_model(image) if hasattr(image, "getpixel") else image
-        return np.asarray(self.image_encoder.predict_on_batch(image), "float32")
+        return self._in_pieces(self.image_encoder, tiling.encode, image, np.prod(image.shape[1:3]))
 
     def decode(self, latent):
         """Decodes scaled latents (B, h, w, 4) to uint8 pictures (B, H, W, 3), rounded to the nearest value."""
-        image = np.asarray(self.decoder.predict_on_batch(latent), "float32")
+        image = self._in_pieces(self.decoder, tiling.decode, latent, np.prod(latent.shape[1:3]) * self.factor**2)
         return np.clip(np.round((image + 1.0) * 127.5), 0, 255).astype("uint8")
+
+    def _in_pieces(self, model, tiled, batch, pixels):
+        """One half of the autoencoder on a batch of pictures, each of so many pixels; float32."""
+        tile = pixels > WHOLE if self.vae_tiling is None else self.vae_tiling and pixels > tiling.BAND
+        slice_ = len(batch) * pixels > WHOLE if self.vae_slicing is None else self.vae_slicing
+        run = functools.partial(tiled, model) if tile else model.predict_on_batch
+        pieces = np.split(np.asarray(batch), len(batch)) if tile or slice_ else [batch]
+        return np.concatenate([np.asarray(run(piece), "float32") for piece in pieces])
 
     def preview(self, latent):
         """What latents show, without the decoder: in a callback, or to look over many.
@@ -795,13 +912,13 @@ class StableDiffusion:
 
     @functools.cached_property
     def _preview_map(self):
-        known = None if self.preset is None else read_map(locate(self.preset))
+        known = None if self.preset is None or self._vae_source else read_map(locate(self.preset))
         return fit_model(self) if known is None else known
 
     @functools.cached_property
     def factor(self):
         """Pixels per latent position, in height and width."""
-        return 2 ** (len(self.decoder.arguments["block_out_channels"]) - 1)
+        return 2 ** (len(self._argument("decoder", "block_out_channels")) - 1)
 
     def latent_shape(self, height=None, width=None):
         """(h, w, channels) of the latents of pictures of a size in pixels, by default `image_size`."""
@@ -814,7 +931,7 @@ class StableDiffusion:
                     f"{name} must be a multiple of {self.factor}; got {side}. "
                     f"{lower} or {lower + self.factor} would do."
                 )
-        return height // self.factor, width // self.factor, self.decoder.arguments["latent_channels"]
+        return height // self.factor, width // self.factor, self._argument("decoder", "latent_channels")
 
     # === Inside ===
 
@@ -825,7 +942,7 @@ class StableDiffusion:
         `_denoised`.
         """
         if second_pass is None:
-            return self.decode(self._denoised(*arguments, seed=seed, callback=callback, **kwargs))
+            return self._checked(self.decode(self._denoised(*arguments, seed=seed, callback=callback, **kwargs)))
         seed = secrets.randbits(31) if seed is None else seed
         stopped = False
 
@@ -840,7 +957,16 @@ class StableDiffusion:
             known = _resized(latent, scale)
             arguments = *arguments[:3], table, known.shape[1:]
             latent = self._denoised(*arguments, seed=seed, callback=callback, known=known, **kwargs)
-        return self.decode(latent)
+        return self._checked(self.decode(latent))
+
+    def _checked(self, pictures):
+        """The pictures, those black that the safety checker flags."""
+        self.flagged = None
+        if self.safety_checker is not None:
+            embeddings = self.safety_encoder.predict_on_batch(self.safety_checker.prepare(pictures))
+            self.flagged = self.safety_checker.flags(embeddings).tolist()
+            pictures[self.flagged] = 0
+        return pictures
 
     def _denoised(
         self,
@@ -861,12 +987,15 @@ class StableDiffusion:
         extra=None,
         class_label=None,
         keep=None,
+        control=None,
+        guess_mode=False,
     ):
         """Noise and the denoising loop; returns the latent.
 
         `known` (1 or B, h, w, C) is the latent to start from, `keep` a (latent, mask) to blend in where the mask is 0.
         """
         self._check_channels(shape[-1] + (0 if extra is None else extra.shape[-1]))
+        controls, steering = self._controls(control, shape, len(table))
         negative_prompt = as_list("" if negative_prompt is None else negative_prompt, "negative_prompt")
         batch_size = _count(batch_size, prompts=encoded_text, negative_prompts=negative_prompt, seeds=seed)
         if diffusion_noise is not None and (seed, *variation) != (None, None, None):
@@ -887,7 +1016,8 @@ class StableDiffusion:
             signal, sigma = table.levels[row + 1]
             return keep[1] * latent + (1.0 - keep[1]) * (signal * keep[0] + sigma * start)
 
-        return self.denoiser.denoise(
+        denoiser = self._controlled_denoiser(controls, guess_mode) if controls else self.denoiser
+        return denoiser.denoise(
             latent,
             context,
             unconditional_context,
@@ -899,11 +1029,23 @@ class StableDiffusion:
             callback=callback,
             estimate=lambda *row: clean_latent(table, self.scheduler[0].prediction_type, *row),
             progress=progress,
+            **steering,
         )
+
+    def _controls(self, control, shape, rows):
+        """`control` as a list of `Control`, checked, and what of them is an argument of `Denoiser.denoise`."""
+        controls, unet = read_controls(control), functools.partial(self._argument, "diffusion_model")
+        for one in controls:
+            check_fit(one.net, unet, shape[-1], self.factor)
+        if not controls:
+            return [], {}
+        height, width = (side * self.factor for side in shape[:2])
+        pictures = conditioning(controls, height, width, self.factor)
+        return controls, {"conditioning": pictures, "control_scales": control_scales(controls, rows)}
 
     def _check_channels(self, channels):
         """Raises where the network is made for other pictures to look at than it gets."""
-        needed = self.diffusion_model.arguments["in_channels"]
+        needed = self._argument("diffusion_model", "in_channels")
         if channels != needed:
             purpose = "enlarging: use upscale" if self.checkpoint.upscaler() else "repainting: use inpaint"
             raise ValueError(f"This preset's network takes {needed} channels, not {channels}: it is for {purpose}.")
@@ -992,7 +1134,7 @@ def _check_scale(name, value):
 
 
 def _check_strength(strength, name="strength"):
-    if not 0 <= strength <= 1:
+    if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not 0 <= strength <= 1:
         raise ValueError(f"{name} must be in [0, 1]; got {strength!r}.")
     return strength
 

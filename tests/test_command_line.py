@@ -24,6 +24,8 @@ class Recorder:
 
     calls = []
     scheduler = (None, "ddim", {})
+    flagged = [True] * 3
+    image_size = (512, 512)
 
     @classmethod
     def from_preset(cls, preset, **kwargs):
@@ -46,10 +48,15 @@ def recorder(monkeypatch, tmp_path):
     Recorder.calls = []
     monkeypatch.setattr("keras_sd.presets.PRESETS", {"emoji": Preset(".", "", "")})
     monkeypatch.setattr("keras_sd.stable_diffusion.StableDiffusion", Recorder)
+    monkeypatch.setattr("keras_sd.watermark.check_size", lambda *size: None)
+    monkeypatch.setattr(
+        "keras_sd.watermark.add_watermark", lambda image: Recorder.calls.append(("add_watermark", (), {})) or image
+    )
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (16, 8), "red").save("a.png")
     Image.new("RGB", (16, 8), "blue").save("b.png")
     os.mkdir("loras")
+    os.mkdir("safety_checker")
     for path in ("a.safetensors", "loras/a.safetensors", "loras/b.pt", "a:b.pt"):
         open(path, "w").close()
     return Recorder.calls
@@ -103,9 +110,18 @@ VALUES = {
     "--preset": "a.png",
     "--ckpt": "a.png",
     "--tokenizer": "t",
+    "--vae": "a.png",
+    "--watermark": None,
+    "--safety-checker": None,
+    "--safety-checker-from": "a.png",
     "--dtype": "float16",
     "--init-img": "b.png",
     "--mask": "a.png",
+    "--feather": "3",
+    "--low-memory": None,
+    "--two-pass-guidance": None,
+    "--vae-slicing": None,
+    "--vae-tiling": None,
     "--strength": "0.25",
     "--hires": "1.5",
     "--hires-strength": "0.5",
