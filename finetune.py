@@ -10,7 +10,7 @@ import pathlib
 import sys
 
 POKEMON = "https://huggingface.co/datasets/sayakpaul/pokemon-blip-original-version/resolve/main/pokemon_dataset.tar.gz"
-TRAIN = ("unet", "lora", "textual_inversion", "lcm")
+TRAIN = ("unet", "lora", "textual_inversion", "lcm", "controlnet")
 PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16", "bfloat16")
 
 
@@ -26,6 +26,7 @@ def build_parser():
         def add(name, *args, **kwargs):
             spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
             default = kwargs.get("default")
+            default = " ".join(default) if isinstance(default, list) else default
             if default not in (None, False):
                 kwargs["help"] += f" (default {default:g})" if isinstance(default, float) else f" (default {default})"
             group.add_argument(*spellings, *args, dest=name, **kwargs)
@@ -56,6 +57,9 @@ def build_parser():
     flag("token", help="the new word (textual_inversion)")
     flag("num_vectors", type=number(int, 1), default=1, help="its vectors (textual_inversion)")
     flag("init_token", help="a known word that it starts from (textual_inversion)")
+    flag("control_net", help="ControlNet to go on from: folder, file or hf://owner/name (default: a new one)")
+    flag("canny_low", type=number(float, 0), default=100.0, help="Canny's lower threshold (controlnet)")
+    flag("canny_high", type=number(float, 0), default=200.0, help="its upper one; unused with conditioning_image")
 
     flag = flags("optimizer")
     flag("optimizer", choices=("adamw", "adamw_8bit", "adafactor"), default="adamw", help="its kind")
@@ -122,6 +126,9 @@ def open_model(args):
 
 def open_pictures(args, sd):
     """A source of batches: `Pictures`, or a `LatentCache` of them. What cannot be used is listed."""
+    import functools
+
+    from keras_sd import canny
     from keras_sd.training.batches import Pictures
     from keras_sd.training.examples import read_examples
     from keras_sd.training.latent_cache import build_latent_cache
@@ -132,9 +139,19 @@ def open_pictures(args, sd):
         examples, rejected = examples + prior, rejected + others
     for file, reason in rejected:
         print(f"Not used: {file} {reason}.", file=sys.stderr)
+    edges = functools.partial(canny, low=args.canny_low, high=args.canny_high)
     pictures = Pictures(
-        examples, sd.tokenizer, args.img_height, args.img_width, args.buckets, args.flip, args.random_crop
+        examples,
+        sd.tokenizer,
+        args.img_height,
+        args.img_width,
+        args.buckets,
+        args.flip,
+        args.random_crop,
+        edges if args.train == "controlnet" else None,
     )
+    if args.train == "controlnet":
+        pictures.seen(0, pictures.picture(0))  # OpenCV is an extra: its absence is said here
     if args.no_latent_cache or args.random_crop:
         return pictures
     folder = args.latent_cache or pathlib.Path(args.out) / "latents"
@@ -154,6 +171,7 @@ def trains_text_encoder(args):
 
 def make_trainer(args, sd):
     """The trainer of --train, not yet compiled; what it trains is trainable then, and nothing else."""
+    from keras_sd.training.control_net import ControlNetTrainer
     from keras_sd.training.distillation import ConsistencyTrainer
     from keras_sd.training.textual_inversion import TextualInversionTrainer
     from keras_sd.training.trainer import DiffusionTrainer
@@ -173,9 +191,20 @@ def make_trainer(args, sd):
         trainer, options["token_ids"] = TextualInversionTrainer, sd.tokenizer.token_ids(args.token)
     elif args.train == "lcm":
         trainer, options["teacher"] = ConsistencyTrainer, open_model(args).diffusion_model
+    elif args.train == "controlnet":
+        trainer, options["control_net"] = ControlNetTrainer, open_control_net(args, sd)
     if args.train in ("lora", "lcm"):
         sd.add_lora(args.rank, args.lora_alpha, text_encoder=args.train_text_encoder, seed=args.seed)
     return trainer(sd.diffusion_model, sd.scheduler[0], sd.text_encoder, sd.image_encoder, **options)
+
+
+def open_control_net(args, sd):
+    """--control_net, or a new one."""
+    from keras_sd import ControlNet, load_control_net
+
+    if args.control_net is not None:
+        return load_control_net(args.control_net, args.precision)
+    return ControlNet.from_diffusion_model(sd.diffusion_model, args.seed)
 
 
 def make_optimizer(args, updates):
@@ -237,6 +266,12 @@ def check(args, parser):
         parser.error("--latent_cache holds one cut of each picture: leave it out, or --random_crop")
     if args.latent_cache is not None and args.no_latent_cache:
         parser.error("--latent_cache and --no_latent_cache exclude each other")
+    if args.train == "controlnet" and args.export is not None:
+        parser.error("--export writes the model, which --train controlnet leaves as it is")
+    if args.train != "controlnet" and args.control_net is not None:
+        parser.error(f"--control_net is for --train controlnet; got {args.train}")
+    if args.canny_low > args.canny_high:
+        parser.error(f"--canny_low must be at most --canny_high; got {args.canny_low:g} and {args.canny_high:g}")
     if (args.train == "textual_inversion") != (args.token is not None and args.init_token is not None):
         parser.error("--token and --init_token go with --train textual_inversion, which needs both")
 
@@ -278,13 +313,17 @@ def run(args):
         start_step = restore(trainer, folder) if latest(folder) else 0
         if start_step < steps:
             trainer.fit(
-                data(start_step), epochs=1, shuffle=False, verbose=0, callbacks=make_callbacks(args, sd, steps, folder)
+                data(start_step),
+                epochs=1,
+                shuffle=False,
+                verbose=0,
+                callbacks=make_callbacks(args, sd, trainer, source, steps, folder),
             )
         if args.process_id == 0:
             save(args, sd, trainer)
 
 
-def make_callbacks(args, sd, steps, folder):
+def make_callbacks(args, sd, trainer, source, steps, folder):
     """Checkpoints, scalars for TensorBoard under OUT/logs, validation pictures, a progress bar."""
     from keras_sd.training.checkpoints import SaveCheckpoints
     from keras_sd.training.watching import DrawPictures, Progress, StopWhenBroken, Summaries, WriteScalars
@@ -296,17 +335,22 @@ def make_callbacks(args, sd, steps, folder):
         callbacks += [SaveCheckpoints(folder, args.save_every, args.keep), WriteScalars(summaries, batch_size)]
         if args.validation_prompt:
             callbacks.append(
-                DrawPictures(validation(args, sd), folder.parent / "pictures", args.validate_every, summaries)
+                DrawPictures(
+                    validation(args, sd, trainer, source), folder.parent / "pictures", args.validate_every, summaries
+                )
             )
         if not args.quiet:
             callbacks.append(Progress(steps, batch_size))
     return callbacks
 
 
-def validation(args, sd):
-    """A function that draws --validation_prompt, from the same noise each time."""
-    size = {"height": args.img_height, "width": args.img_width}
-    return lambda: sd.text_to_image(args.validation_prompt, num_steps=20, seed=args.seed, progress=False, **size)
+def validation(args, sd, trainer, source):
+    """A function that draws --validation_prompt, from the same noise each time; a ControlNet sees the first picture."""
+    options = {"height": args.img_height, "width": args.img_width, "num_steps": 20, "seed": args.seed}
+    if args.train == "controlnet":
+        pictures = getattr(source, "pictures", source)
+        options["control"] = [(trainer.control_net, pictures.seen(0, pictures.picture(0)))]
+    return lambda: sd.text_to_image(args.validation_prompt, progress=False, **options)
 
 
 def print_plan(args, trainer, source, data, steps, devices):
@@ -349,6 +393,7 @@ def hours(seconds):
 
 def save(args, sd, trainer):
     """Writes what was trained, averaged where there are averages, under OUT."""
+    from keras_sd import save_control_net
     from keras_sd.training.textual_inversion import save_token
     from keras_sd.weights.keras_cv import published_names, write_keras_cv
 
@@ -362,6 +407,8 @@ def save(args, sd, trainer):
         if args.train == "textual_inversion":
             trainer.write_rows()
             written("token.safetensors", save_token, sd, args.token, out / "token.safetensors")
+        elif args.train == "controlnet":
+            written("control_net", save_control_net, trainer.control_net, out / "control_net")
         elif args.train == "unet":
             written("preset", sd.save_preset, out / "preset")
             try:

@@ -10,6 +10,7 @@ ceil(pictures · repeats / batch size) steps.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -29,10 +30,12 @@ class Pictures:
         bucketed: train in aspect-ratio buckets of about the area `height · width` instead of in this one size.
         flip: turn half of the pictures left to right, other ones each epoch.
         random_crop: cut out of the scaled picture anywhere, elsewhere each epoch, instead of in its middle.
+        conditioning: for a ControlNet, function of a picture, uint8 (H, W, 3) → what the network sees of it, alike;
+            e.g. `keras_sd.canny`. It is for examples that have no `conditioning` image of their own.
 
     Raises:
-        ValueError: there are no examples, a size is no multiple of 8, or prior-preservation pictures stand alone or
-            are bucketed.
+        ValueError: there are no examples, a size is no multiple of 8, prior-preservation pictures stand alone or are
+            bucketed, or with `conditioning` only some examples have images of their own.
     """
 
     examples: list
@@ -42,6 +45,7 @@ class Pictures:
     bucketed: bool = False
     flip: bool = False
     random_crop: bool = False
+    conditioning: Callable | None = None
 
     def __post_init__(self):
         if not self.examples:
@@ -51,6 +55,9 @@ class Pictures:
             raise ValueError("All examples are prior-preservation pictures: give pictures of the subject, too.")
         if self.prior.any() and self.bucketed:
             raise ValueError("Prior-preservation pictures are not bucketed: each batch pairs them with the subject's.")
+        without = [example.name for example in self.examples if example.conditioning is None]
+        if self.conditioning is not None and 0 < len(without) < len(self.examples):
+            raise ValueError(f"{without[0]} has no conditioning image, but others have: give one for all, or for none.")
 
     @functools.cached_property
     def prior(self):
@@ -84,8 +91,19 @@ class Pictures:
         size = max(round(image.width * scale), width), max(round(image.height * scale), height)
         return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
 
+    def seen(self, i, picture):
+        """What a ControlNet sees of example i, whose `picture` is given: uint8, of the same size."""
+        if self.examples[i].conditioning is None:
+            return self.conditioning(picture)
+        height, width = picture.shape[:2]
+        image = self.examples[i].read_conditioning()
+        if self.random_crop:
+            return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+        return np.asarray(fit(image, height, width, 8))
+
     def dataset(self, draws):
-        """`draws` as a `tf.data.Dataset` of its batches → {"image": (B, H, W, 3) in [-1, 1], "tokens": (B, 77)}."""
+        """`draws` as a `tf.data.Dataset` of its batches → {"image": (B, H, W, 3) in [-1, 1], "tokens": (B, 77)}, and
+        "conditioning" (B, H, W, 3) in [0, 1] for a ControlNet."""
         import tensorflow as tf
 
         from keras_sd.training.augment import cropped, flipped, rescaled
@@ -95,21 +113,29 @@ class Pictures:
         # a single size is known to the graph, so that a model is traced for it once
         height, width = buckets[0] if len(buckets) == 1 else (None, None)
 
+        channels = 3 if self.conditioning is None else 6  # cut and turned together
+
         def read(i, caption):
-            return self.picture(i), self.tokenizer([self.examples[i].captions[caption]])[0], np.int32(bucket_of[i])
+            picture = self.picture(i)
+            if self.conditioning is not None:
+                picture = np.concatenate([picture, self.seen(i, picture)], axis=-1)
+            return picture, self.tokenizer([self.examples[i].captions[caption]])[0], np.int32(bucket_of[i])
 
         def load(draw):
             types = tf.uint8, tf.int32, tf.int32
             image, tokens, bucket = tf.numpy_function(read, (draw["example"], draw["caption"]), types, stateful=False)
-            image = tf.ensure_shape(image, (None, None, 3))
+            image = tf.ensure_shape(image, (None, None, channels))
             tokens, bucket = tf.ensure_shape(tokens, (self.tokenizer.max_length,)), tf.ensure_shape(bucket, ())
             if self.random_crop:
                 image = crop(image, draw["place"], bucket)
-            return {**draw, "image": tf.ensure_shape(image, (height, width, 3)), "tokens": tokens}
+            return {**draw, "image": tf.ensure_shape(image, (height, width, channels)), "tokens": tokens}
 
         def finish(batch):
             image = turned(batch["image"], batch["turn"]) if self.flip else batch["image"]
-            return {"image": rescale(image), "tokens": batch["tokens"]}
+            finished = {"image": rescale(image[..., :3]), "tokens": batch["tokens"]}
+            if self.conditioning is not None:
+                finished["conditioning"] = tf.cast(image[..., 3:], "float32") / 255.0
+            return finished
 
         size = draws.element_spec["example"].shape[0]
         rows = draws.unbatch().map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -143,7 +169,8 @@ def batches(source, batch_size, *, seed=0, epochs=1, start_step=0, repeats=1, nu
 
     Returns:
         `tf.data.Dataset` of dicts with B rows: "image" and "tokens" of `Pictures`, "mean", "std" and "context" of a
-        `LatentCache`, and "prior" bool (B,) where there are prior-preservation pictures. Its length is known.
+        `LatentCache`, "conditioning" for a ControlNet, and "prior" bool (B,) where there are prior-preservation
+        pictures. Its length is known.
 
     Raises:
         ValueError: an argument is out of its range.

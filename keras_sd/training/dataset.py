@@ -37,6 +37,8 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, source, *, beam=False, config=None, file_format="array_record", **kwargs):
         self._examples = source if isinstance(source, list) else read_examples(source)[0]
+        if of_control_nets := [example.name for example in self._examples if example.conditioning is not None]:
+            raise ValueError(f"This data set holds no conditioning images; {of_control_nets[0]} has one.")
         self._beam = beam
         if config is None:
             config = hashlib.sha256(repr([*map(_facts, self._examples)]).encode()).hexdigest()[:16]

@@ -7,7 +7,8 @@
 | `NAME.txt` or `NAME.caption` beside `NAME.png`, one caption a line | kohya's |
 
 Tables may lie in any folder; the paths in them are relative to it. A table takes precedence over text files. Several
-captions of a picture are several rows, a list (in JSON, or in a cell), or several lines.
+captions of a picture are several rows, a list (in JSON, or in a cell), or several lines. A table's column
+`conditioning_image` names what a ControlNet sees for each picture: its edges, depth, …
 """
 
 import ast
@@ -36,6 +37,7 @@ from keras_sd.weights.hub import cache_folder, download, sha256_of
 TABLES = ("data.csv", "metadata.csv", "metadata.jsonl")
 IMAGE_COLUMNS = ("image_path", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text")
+CONDITIONING_COLUMN = "conditioning_image"
 CAPTION_SUFFIXES = (".txt", ".caption")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SMALLEST_SIDE = 8  # pixels of one latent position
@@ -53,6 +55,7 @@ class Example:
         height, width: its size in pixels, EXIF orientation applied.
         prior: it is one of DreamBooth's prior-preservation pictures: what the model drew before (Ruiz et al., 2023,
             arXiv 2208.12242, section 3.2).
+        conditioning: what a ControlNet sees for it, a path or the like; None where the data set does not say.
     """
 
     name: str
@@ -61,10 +64,15 @@ class Example:
     height: int
     width: int
     prior: bool = False
+    conditioning: str | os.PathLike | None = None
 
     def read(self):
         """The picture as a PIL image, mode RGB."""
         return read_image(self.image() if callable(self.image) else self.image, self.name)
+
+    def read_conditioning(self):
+        """What a ControlNet sees, as a PIL image, mode RGB."""
+        return read_image(self.conditioning, f"conditioning image of {self.name}")
 
 
 def read_examples(source, caption=None, prior=False):
@@ -87,11 +95,12 @@ def read_examples(source, caption=None, prior=False):
             picture with a caption is left.
     """
     folder = _open_source(source)
-    captions, rejected = _read_captions(folder)
+    captions, conditioning, rejected = _read_captions(folder)
     if caption is not None:
         captions = {name: texts or (caption,) for name, texts in captions.items()}
     with ThreadPoolExecutor() as threads:
-        checked = list(threads.map(lambda item: _check(folder, *item, prior), captions.items()))
+        checks = ((folder, *item, prior, conditioning.get(item[0])) for item in captions.items())
+        checked = list(threads.map(lambda arguments: _check(*arguments), checks))
     examples = [one for one in checked if isinstance(one, Example)]
     rejected = rejected + [one for one in checked if not isinstance(one, Example)]
     if not examples:
@@ -107,8 +116,8 @@ def _nothing_left(source, rejected):
     return f"{str(source)!r} holds no picture that can be used: {count} {reason}."
 
 
-def _check(folder, name, captions, prior):
-    """The `Example`, or (file, reason)."""
+def _check(folder, name, captions, prior, conditioning):
+    """The `Example`, or (file, reason). `conditioning` is a path in the folder, "" for a missing one, or None."""
     path = pathlib.Path(folder, name)
     if not captions:
         return name, "has no caption"
@@ -121,32 +130,42 @@ def _check(folder, name, captions, prior):
     if min(image.size) < SMALLEST_SIDE:
         size = f"{image.width}×{image.height}"
         return name, f"is {size} pixels; a picture needs at least {SMALLEST_SIDE}×{SMALLEST_SIDE}"
-    return Example(name, path, captions, image.height, image.width, prior)
+    if conditioning is None:
+        return Example(name, path, captions, image.height, image.width, prior)
+    seen = pathlib.Path(folder, conditioning)
+    if not conditioning:
+        return name, f"has no {CONDITIONING_COLUMN}"
+    try:
+        read_image(seen)
+    except (ValueError, OSError) as error:
+        reason = str(error).removeprefix("image: ").rstrip(".")
+        return name, f"cannot be used without its {CONDITIONING_COLUMN}: {reason}"
+    return Example(name, path, captions, image.height, image.width, prior, seen)
 
 
 # === Layouts ===
 
 
 def _read_captions(folder):
-    """({name of a picture: tuple of captions, maybe empty}, [(file, reason)])."""
+    """({name: tuple of captions, maybe empty}, {name: conditioning image, maybe ""}, [(file, reason)])."""
     files = sorted(
         path.relative_to(folder)
         for path in pathlib.Path(folder).rglob("*")
         if not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
     )
     images = [path.as_posix() for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    captions, rejected = {}, []
+    captions, conditioning, rejected = {}, {}, []
     if tables := [path for path in files if path.name in TABLES]:
         for table in tables:
             rows = _read_jsonl(folder / table) if table.suffix == ".jsonl" else _read_csv(folder / table)
-            for image, texts in rows:
-                image = image.replace("\\", "/")  # as Windows writes paths
-                path = pathlib.Path(os.path.normpath(folder / table.parent / image))
-                if not image or not path.is_relative_to(os.path.normpath(folder)):
+            for image, texts, seen in rows:
+                name = _inside(folder, table.parent, image)
+                if name is None:
                     rejected.append((image or table.as_posix(), "names no file inside the data set"))
                     continue
-                name = path.relative_to(os.path.normpath(folder)).as_posix()
                 captions[name] = tuple(dict.fromkeys(captions.get(name, ()) + texts))
+                if seen is not None:
+                    conditioning[name] = _inside(folder, table.parent, seen) or ""
     else:
         beside = {path.with_suffix("").as_posix(): path for path in files if path.suffix.lower() in CAPTION_SUFFIXES}
         for name in images:
@@ -158,11 +177,19 @@ def _read_captions(folder):
             for stem, path in beside.items()
             if stem not in stems
         ]
-    return captions | {name: () for name in images if name not in captions}, rejected
+    known = captions.keys() | set(conditioning.values())
+    return captions | {name: () for name in images if name not in known}, conditioning, rejected
+
+
+def _inside(folder, parent, name):
+    """The name of a file, as a table in `parent` has it, relative to the data set's folder; None for one outside."""
+    root = os.path.normpath(folder)
+    path = pathlib.Path(os.path.normpath(folder / parent / name.replace("\\", "/")))  # as Windows writes paths
+    return path.relative_to(root).as_posix() if name and path.is_relative_to(root) else None
 
 
 def _read_csv(path):
-    """[(image, tuple of captions)] of a table separated by commas, tabs or semicolons."""
+    """[(image, tuple of captions, conditioning image)] of a table separated by commas, tabs or semicolons."""
     text = _read_text(path)
     header = text.partition("\n")[0]
     separator = max(",\t;", key=header.count)
@@ -176,14 +203,14 @@ def _read_csv(path):
                     f"{str(path)!r}, line {table.line_num}, has more cells than the table has columns: "
                     f"a caption with a {separator!r} in it must stand in quotes."
                 )
-            rows.append(((row[image] or "").strip(), _texts(_cell(row[caption]))))
+            rows.append(((row[image] or "").strip(), _texts(_cell(row[caption])), _conditioning(row)))
     except csv.Error as error:
         raise ValueError(f"{str(path)!r}, line {table.line_num}, is malformed ({error}).") from None
     return rows
 
 
 def _read_jsonl(path):
-    """[(image, tuple of captions)] of a file with one JSON object a line."""
+    """[(image, tuple of captions, conditioning image)] of a file with one JSON object a line."""
     rows = []
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
@@ -196,8 +223,14 @@ def _read_jsonl(path):
             raise ValueError(f"{str(path)!r}, line {number}, is no JSON object but {line.strip()[:40]!r}.")
         # a null caption is a missing caption, a missing key another layout
         image, caption = (_column(path, row, names, number) for names in (IMAGE_COLUMNS, CAPTION_COLUMNS))
-        rows.append((row[image] if isinstance(row[image], str) else "", _texts(row[caption])))
+        rows.append((row[image] if isinstance(row[image], str) else "", _texts(row[caption]), _conditioning(row)))
     return rows
+
+
+def _conditioning(row):
+    """What a row names for a ControlNet to see: "" where the cell is empty, None where there is none."""
+    value = row.get(CONDITIONING_COLUMN, None)
+    return None if CONDITIONING_COLUMN not in row else value.strip() if isinstance(value, str) else ""
 
 
 def _column(path, columns, names, line=None):

@@ -88,14 +88,20 @@ class LatentCache:
         self._context_of = [[index[caption] for caption in example.captions] for example in pictures.examples]
 
     def row(self, example, caption=0, turn=False):
-        """One example: {"mean", "std" float32 (h, w, 4) of the scaled latent, "context" (77, width) or "tokens"}."""
+        """One example: {"mean", "std" float32 (h, w, 4) of the scaled latent, "context" (77, width) or "tokens"}.
+
+        For a ControlNet also "conditioning" float32 (H, W, 3) in [0, 1], which is not cached: it is read or computed.
+        """
         row = self._moments[(1 + self.pictures.flip) * int(example) + int(turn)]
+        if self.pictures.conditioning is not None:
+            seen = self.pictures.seen(example, self.pictures.picture(example))
+            row["conditioning"] = np.asarray(seen[:, ::-1] if turn else seen, "float32") / 255.0
         if self._contexts is None:
             return {**row, "tokens": self.pictures.tokenizer([self.pictures.examples[example].captions[caption]])[0]}
         return {**row, **self._contexts[self._context_of[example][caption]]}
 
     def dataset(self, draws):
-        """`draws` as a `tf.data.Dataset` of its batches → {"mean", "std" (B, h, w, 4), "context" (B, 77, width)}."""
+        """`draws` as a `tf.data.Dataset` of its batches → dicts of what `row` has, (B, …) each."""
         import tensorflow as tf
 
         first = self.row(0)

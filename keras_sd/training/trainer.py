@@ -149,16 +149,18 @@ class DiffusionTrainer(keras.Model):
         latent, context = self._latent(batch), self._context(batch)
         noise, timestep = self._noise(batch, latent), self._timestep(batch, latent)
         width = next(x.shape[-1] for x in self.diffusion_model.inputs if x.name == "timestep_embedding")
-        prediction = self.diffusion_model(
-            {
-                "latent": objective.noisy(self.scheduler, latent, noise, timestep),
-                "timestep_embedding": timestep_embedding(timestep, width),
-                "context": context,
-            }
-        )
+        inputs = {
+            "latent": objective.noisy(self.scheduler, latent, noise, timestep),
+            "timestep_embedding": timestep_embedding(timestep, width),
+            "context": context,
+        }
+        prediction = self._predict(inputs, batch)
         target = objective.target(self.scheduler, latent, noise, timestep)
         error = ops.mean(ops.square(ops.cast(prediction, "float32") - target), axis=(1, 2, 3))
         return error * self._weight(batch, timestep)
+
+    def _predict(self, inputs, batch):
+        return self.diffusion_model(inputs)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return objective.loss(y_pred, x.get("prior"), self.prior_weight)

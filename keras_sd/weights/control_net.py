@@ -15,6 +15,7 @@ import pathlib
 import re
 
 from keras_sd.models import ControlNet
+from keras_sd.presets import locate_model
 from keras_sd.weights.assign import assign_state_dict, to_state_dict
 from keras_sd.weights.diffusers_folder import (
     WEIGHT_FILES,
@@ -49,11 +50,7 @@ def load_control_net(path, dtype=None):
         ValueError: it is no ControlNet for Stable Diffusion v1 or v2, or damaged; the first key that does not fit is
             named. Nothing in a file is executed.
     """
-    if str(path).startswith("hf://"):
-        from keras_sd.weights.hub import SINGLE_MODEL, download_hf
-
-        path = download_hf(str(path), layout=SINGLE_MODEL)
-    path = pathlib.Path(path)
+    path = locate_model(path)
     if not path.exists():
         raise FileNotFoundError(f"No ControlNet at {str(path)!r}: give a folder, a file or hf://owner/name.")
     source, config = repr(str(path)), None
