@@ -1,5 +1,7 @@
 """One denoising step, compiled by whichever backend runs it, and the loop around it."""
 
+from contextlib import nullcontext
+
 import keras
 import numpy as np
 from keras import ops
@@ -25,6 +27,7 @@ class Denoiser(keras.Model):
         control_nets: `ControlNet`s that steer it; what they add sums up.
         guess_mode: they steer the conditional half only, and the less the earlier on the U-Net's way down: the
             pictures they see count for more than the prompt.
+        ip_adapter: an `IPAdapter`, whose tokens then follow those of the text in every context.
 
     Call arguments:
         dict with `latent` (B, h, w, C), `history` (B, 5, h, w, C) (the remembered outputs, newest first; zeros at the
@@ -43,13 +46,21 @@ class Denoiser(keras.Model):
     """
 
     def __init__(
-        self, diffusion_model, two_passes=False, jit_compile=None, control_nets=(), guess_mode=False, **kwargs
+        self,
+        diffusion_model,
+        two_passes=False,
+        jit_compile=None,
+        control_nets=(),
+        guess_mode=False,
+        ip_adapter=None,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.diffusion_model = diffusion_model
         self.two_passes = two_passes
         self.control_nets, self.guess_mode = list(control_nets), guess_mode
         self.controlled = diffusion_model.controlled if control_nets else None
+        self.ip_adapter = ip_adapter
         self._functions = {}  # shape of the latent, length of the context → compiled step
         self.compile(jit_compile=keras.backend.backend() == "jax" if jit_compile is None else jit_compile)
 
@@ -94,12 +105,21 @@ class Denoiser(keras.Model):
         return unconditional + guidance * (conditional - unconditional)
 
     def _predict(self, latent, timestep, context, label=None, residuals=None):
-        inputs = {"latent": latent, "timestep_embedding": self._embedding(timestep), "context": context}
+        text, picture = self._split(context)
+        inputs = {"latent": latent, "timestep_embedding": self._embedding(timestep), "context": text}
         if label is not None:
             inputs["class_label"] = label
-        if residuals is None:
-            return ops.cast(self.diffusion_model(inputs), "float32")
-        return ops.cast(self.controlled({**inputs, "residuals": residuals}), "float32")
+        attached = nullcontext() if picture is None else self.ip_adapter.attached(self.diffusion_model, picture)
+        with attached:
+            if residuals is None:
+                return ops.cast(self.diffusion_model(inputs), "float32")
+            return ops.cast(self.controlled({**inputs, "residuals": residuals}), "float32")
+
+    def _split(self, context):
+        """The tokens of the text, and those of a picture for an IP-Adapter."""
+        if self.ip_adapter is None:
+            return context, None
+        return context[:, : -self.ip_adapter.num_tokens], context[:, -self.ip_adapter.num_tokens :]
 
     def _residuals(self, inputs, latent, timestep, context):
         """What the ControlNets add to the U-Net, a list of tensors; None in a row without them."""
@@ -112,7 +132,7 @@ class Denoiser(keras.Model):
                 {
                     "latent": latent,
                     "timestep_embedding": embedding,
-                    "context": context,
+                    "context": self._split(context)[0],
                     "conditioning": conditioning[:, i],
                 }
             )

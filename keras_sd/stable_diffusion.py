@@ -82,6 +82,7 @@ class StableDiffusion:
         self.low_memory = low_memory
         self._replaceable = {}  # name → model that was read from files and can be again
         self._tokenizer_source, self._vae_source, self._safety_checker_source = tokenizer, vae, safety_checker
+        self._image_prompt = None  # what load_ip_adapter loads
         self.flagged = None  # of the last call's pictures, which ones the safety checker blacked out; None without one
         for name, value in (("img_height", img_height), ("img_width", img_width)):
             if value is not None:
@@ -148,6 +149,10 @@ class StableDiffusion:
         return self._part("safety_encoder", self.safety_checker.build_encoder)
 
     @functools.cached_property
+    def image_prompt_encoder(self):
+        return self._part("image_prompt_encoder", self._image_prompt.build_encoder)
+
+    @functools.cached_property
     def scheduler(self):
         """(NoiseScheduler, sampler name, sampler options) of the preset."""
         # diffusers corrects old configs where it opens Stable Diffusion, but not for its upscaler.
@@ -174,7 +179,7 @@ class StableDiffusion:
         """The compiled denoising step around `diffusion_model`."""
         known = self.__dict__.get("_denoiser")
         if known is None or known.diffusion_model is not self.diffusion_model:
-            known = self._denoiser = Denoiser(self.diffusion_model, self.two_pass_guidance, self.jit_compile)
+            known = self._denoiser = self._new_denoiser()
         return known
 
     def _controlled_denoiser(self, controls, guess_mode):
@@ -184,9 +189,13 @@ class StableDiffusion:
         parts = [self.diffusion_model, *(one.net for one in controls), guess_mode]
         known = self.__dict__.get("_controlled")
         if known is None or [known.diffusion_model, *known.control_nets, known.guess_mode] != parts:
-            known = Denoiser(parts[0], self.two_pass_guidance, self.jit_compile, parts[1:-1], guess_mode)
-            self._controlled = known
+            known = self._controlled = self._new_denoiser(parts[1:-1], guess_mode)
         return known
+
+    def _new_denoiser(self, control_nets=(), guess_mode=False):
+        adapter = self._image_prompt and self._image_prompt.adapter
+        options = self.two_pass_guidance, self.jit_compile, control_nets, guess_mode, adapter
+        return Denoiser(self.diffusion_model, *options)
 
     def _part(self, name, read=None):
         """Reads a model, by default from the checkpoint; with `low_memory` first gives up those read before."""
@@ -363,6 +372,43 @@ class StableDiffusion:
         self._adapters.move("text_encoder", self.text_encoder)
         return ids
 
+    # === IP-Adapter ===
+
+    def load_ip_adapter(self, path, image_encoder=None, scale=1.0):
+        """Loads an IP-Adapter, in place of one that was loaded before: every call that draws then takes `image_prompt`.
+
+        Args:
+            path: `.safetensors` or `.bin` file of the base version, e.g. `ip-adapter_sd15.safetensors`, or
+                `hf://owner/name/file`.
+            image_encoder: folder of its CLIP vision encoder; by default `image_encoder/` beside the file.
+            scale: how much of it, any number.
+
+        Raises:
+            FileNotFoundError, ValueError: something is not there, or is for another architecture; the first key that
+                does not fit is named. Nothing is changed then.
+        """
+        from keras_sd.image_prompt import ImagePrompt
+
+        _check_number("scale", scale)
+        loaded = ImagePrompt(path, image_encoder, self.diffusion_model, self.dtype)
+        self.unload_ip_adapter()
+        self._image_prompt = loaded
+        self.set_ip_adapter_scale(scale)
+
+    def set_ip_adapter_scale(self, scale):
+        """Changes how much the picture counts beside the text."""
+        _check_number("scale", scale)
+        if self._image_prompt is None:
+            raise ValueError("No IP-Adapter is loaded; load_ip_adapter loads one.")
+        self._image_prompt.adapter.scale.assign(scale)
+        self._forget_step()
+
+    def unload_ip_adapter(self):
+        """Pictures are drawn as before `load_ip_adapter`, which changed no weight."""
+        self._image_prompt = None
+        self.__dict__.pop("image_prompt_encoder", None)
+        self._forget_step(traces=True)
+
     # === Text to image ===
 
     def text_to_image(
@@ -438,6 +484,7 @@ class StableDiffusion:
         width=None,
         control=None,
         guess_mode=False,
+        image_prompt=None,
         noise=None,
         callback=None,
         progress=True,
@@ -469,6 +516,8 @@ class StableDiffusion:
                 An image of another size is scaled to cover the picture's, and its middle is taken.
             guess_mode: the ControlNets steer the conditional half only, and the less the earlier in the U-Net: for
                 drawing without a prompt, at a guidance scale of 3 to 5.
+            image_prompt: with an IP-Adapter, the picture it looks at, as `image` in `image_to_image`; or a list of as
+                many as are drawn.
             noise: function row → unit noise (batch_size, h, w, 4) for stochastic samplers; by default from `seed`.
             callback: function (step, num_steps, latent), called after every step, a NumPy array (batch_size, h, w, 4)
                 whose attribute `clean` is the latent that the network sees coming; `preview` shows it. The run stops
@@ -509,6 +558,7 @@ class StableDiffusion:
             second_pass=second_pass,
             control=control,
             guess_mode=guess_mode,
+            image_prompt=image_prompt,
         )
 
     # === Image to image ===
@@ -532,6 +582,7 @@ class StableDiffusion:
         width=None,
         control=None,
         guess_mode=False,
+        image_prompt=None,
         noise=None,
         callback=None,
         progress=True,
@@ -578,6 +629,7 @@ class StableDiffusion:
             known=known,
             control=control,
             guess_mode=guess_mode,
+            image_prompt=image_prompt,
         )
 
     def inpaint(
@@ -601,6 +653,7 @@ class StableDiffusion:
         width=None,
         control=None,
         guess_mode=False,
+        image_prompt=None,
         noise=None,
         callback=None,
         progress=True,
@@ -660,6 +713,7 @@ class StableDiffusion:
             keep=None if extra is not None else (known, repaint),
             control=control,
             guess_mode=guess_mode,
+            image_prompt=image_prompt,
         )
         blended = np.round(weights * drawn + (1.0 - weights) * np.asarray(picture, "float32")).astype("uint8")
         if self.flagged is not None:
@@ -805,6 +859,7 @@ class StableDiffusion:
         sampler=None,
         height=None,
         width=None,
+        image_prompt=None,
         callback=None,
         progress=True,
         **sampler_options,
@@ -865,6 +920,7 @@ class StableDiffusion:
                 noise=lambda row: between(slerp, fresh(row)),
                 callback=watch,
                 progress=progress,
+                image_prompt=image_prompt,
             )
 
         drawn, flagged = [], []
@@ -989,6 +1045,7 @@ class StableDiffusion:
         keep=None,
         control=None,
         guess_mode=False,
+        image_prompt=None,
     ):
         """Noise and the denoising loop; returns the latent.
 
@@ -1007,7 +1064,8 @@ class StableDiffusion:
             start = _check_noise(diffusion_noise, (batch_size, *shape))
         rows = len(table)
         contexts = (by_row(one, self._encode, num_steps or rows, rows) for one in (encoded_text, negative_prompt))
-        context, unconditional_context = padded(*contexts, self._encode, batch_size)
+        contexts = padded(*contexts, self._encode, batch_size)
+        context, unconditional_context = self._with_image_prompt(contexts, image_prompt, batch_size)
         latent = table.init_noise_scale * start
         if known is not None:
             latent = table.signal[0] * known + table.sigma[0] * start
@@ -1031,6 +1089,22 @@ class StableDiffusion:
             progress=progress,
             **steering,
         )
+
+    def _with_image_prompt(self, contexts, image_prompt, batch_size):
+        """The contexts, functions of the row, with the tokens of the picture, and of none in the unconditional one."""
+        if self._image_prompt is None:
+            if image_prompt is not None:
+                raise ValueError("image_prompt needs an IP-Adapter; load_ip_adapter loads one.")
+            return contexts
+        if image_prompt is None:
+            raise ValueError("An IP-Adapter is loaded: give image_prompt, the picture it looks at, or unload it.")
+        pixels = self._image_prompt.prepare(image_prompt, batch_size)
+        tokens = self._image_prompt.tokens(self.image_prompt_encoder.predict_on_batch(pixels), batch_size)
+
+        def extended(context, tokens, row):
+            return np.concatenate([context(row), tokens], axis=1)
+
+        return [functools.partial(extended, *one) for one in zip(contexts, tokens)]
 
     def _controls(self, control, shape, rows):
         """`control` as a list of `Control`, checked, and what of them is an argument of `Denoiser.denoise`."""
@@ -1131,6 +1205,11 @@ def _check_scale(name, value):
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 1 < value < float("inf"):
         raise ValueError(f"{name} must be a number above 1; got {value!r}.")
     return value
+
+
+def _check_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not np.isfinite(value):
+        raise ValueError(f"{name} must be a finite number; got {value!r}.")
 
 
 def _check_strength(strength, name="strength"):

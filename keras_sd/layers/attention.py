@@ -113,6 +113,7 @@ class Attention(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.beside = None  # function of the query → what is added to what is attended; an IP-Adapter lends it
         self.dim, self.num_heads, self.is_causal = dim, num_heads, is_causal
         self.query, self.key, self.value, self.output_projection = (
             keras.layers.Dense(dim, use_bias=use_bias or name == names[-1], name=name, dtype=self.dtype_policy)
@@ -134,6 +135,8 @@ class Attention(keras.layers.Layer):
             self._split(f(y)) for f, y in ((self.query, x), (self.key, context), (self.value, context))
         )
         attended = dot_product_attention(query, key, value, self.is_causal)
+        if self.beside is not None:
+            attended = attended + self.beside(query)
         return self.output_projection(ops.reshape(attended, (-1, *self._length(x), self.dim)))
 
     def _split(self, x):
