@@ -136,6 +136,32 @@ def build_parser():
     size.add_argument("--H", "--height", dest="height", type=number(int, 1), help="height in pixels")
     size.add_argument("--W", "--width", dest="width", type=number(int, 1), help="width in pixels")
 
+    control = argparse.ArgumentParser(add_help=False)
+    each = {"action": "append", "default": []}
+    control.add_argument("--control-net", **each, metavar="PATH", help="ControlNet to draw with; may be repeated")
+    control.add_argument(
+        "--control-image",
+        **each,
+        type=lambda path: (path, False),
+        metavar="PICTURE",
+        help="what it sees, one for each --control-net",
+    )
+    control.add_argument(
+        "--canny",
+        **each,
+        type=lambda path: (path, True),
+        dest="control_image",
+        metavar="PICTURE",
+        help="instead of a --control-image: the edges of this picture",
+    )
+    control.add_argument("--canny-low", type=number(float, 0), default=100.0, help="its lower threshold (default 100)")
+    control.add_argument("--canny-high", type=number(float, 0), default=200.0, help="its upper one (default 200)")
+    once = "; once, or for each --control-net"
+    control.add_argument("--control-scale", **each, type=float, help=f"how much of it (default 1){once}")
+    control.add_argument("--control-start", **each, type=number(float, 0, 1), help=f"its first step, 0 … 1{once}")
+    control.add_argument("--control-end", **each, type=number(float, 0, 1), help=f"its last step, 0 … 1{once}")
+    control.add_argument("--guess-mode", action="store_true", help="follow the ControlNet more than the prompt")
+
     start = argparse.ArgumentParser(add_help=False)
     start.add_argument("--init-img", "--init_img", required=True, help="picture to start from")
 
@@ -147,13 +173,17 @@ def build_parser():
             command.add_argument("--strength", type=number(float, 0, 1), default=strength, help=text)
         return command
 
-    txt2img = drawing("txt2img", [draw, batch, size, vary], "text_to_image", None, help="draw pictures from text")
+    txt2img = drawing(
+        "txt2img", [draw, batch, size, vary, control], "text_to_image", None, help="draw pictures from text"
+    )
     txt2img.add_argument("--hires", type=number(float, 1), help="enlarge the latent so many times and draw on")
     txt2img.add_argument(
         "--hires-strength", type=number(float, 0, 1), help="how much to change then (default 0.7); alone: --hires 2"
     )
-    drawing("img2img", [draw, batch, size, vary, start], "image_to_image", 0.8, help="change a picture")
-    inpaint = drawing("inpaint", [draw, batch, size, vary, start], "inpaint", 1.0, help="repaint a part of a picture")
+    drawing("img2img", [draw, batch, size, vary, control, start], "image_to_image", 0.8, help="change a picture")
+    inpaint = drawing(
+        "inpaint", [draw, batch, size, vary, control, start], "inpaint", 1.0, help="repaint a part of a picture"
+    )
     inpaint.add_argument("--mask", required=True, help="picture that is white where to repaint")
     inpaint.add_argument(
         "--feather", type=number(int, 0), help="pixels over which old fades into new, inside the mask (default 0)"
@@ -247,7 +277,7 @@ def draw_pictures(args):
     check_prompts(text, args.negative_prompt)
     sampler, options = read_sampler(args)
     check_output(args)
-    pictures = open_pictures(args)
+    pictures, controls = open_pictures(args), find_controls(args)
     if getattr(args, "model", None) is not None and not pathlib.Path(args.model).is_file():
         raise FileNotFoundError(f"--model: there is no file {args.model!r}.")
     if args.method == "upscale" and prompt is None and args.model is not None:
@@ -264,6 +294,7 @@ def draw_pictures(args):
     check_watermark(args, sd, pictures)
     load_additions(sd, args, loras)
     options |= watching(args, sd)
+    options |= load_controls(args, controls)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     if varies and args.variation_seed is None:
         args.variation_seed = secrets.randbits(31)
@@ -286,6 +317,9 @@ def draw_pictures(args):
             parameters = described(args, sd, sampler, seed if varies else seed + i, image)
             flagged = args.safety_checker and sd.flagged[i - first]
             parameters["Safety_checker"] = "blacked out" if flagged else None
+            if controls:
+                nets = (f"{pathlib.Path(path).stem}: {scale:g}" for path, _, scale, *_ in controls)
+                parameters["Control_nets"] = ", ".join(nets)
             if varies:
                 parameters["Variation_seed"] = args.variation_seed + i
                 parameters["Variation_seed_strength"] = f"{args.variation_strength:g}"
@@ -567,6 +601,50 @@ def load_additions(sd, args, loras):
         sd.load_textual_inversion(path, token)
     for path, scale in loras:
         sd.load_lora(path, scale, name=path)
+
+
+# === --control-net, --control-image, --canny ===
+
+
+def find_controls(args):
+    """What --control-net and its like ask for: a list of (path, image, scale, start, end)."""
+    from keras_sd.edges import canny
+    from keras_sd.images import read_image
+
+    nets, images = getattr(args, "control_net", []), getattr(args, "control_image", [])
+    if len(nets) != len(images):
+        args.usage_error("give one --control-image, or --canny, for each --control-net")
+    columns = []
+    for name, default in (("control_scale", 1.0), ("control_start", 0.0), ("control_end", 1.0)):
+        values = getattr(args, name, [])
+        if len(values) not in (0, 1, len(nets)) or (values and not nets):
+            args.usage_error(f"give --{name.replace('_', '-')} once, or once for each --control-net")
+        columns.append([*values] or [default])
+    scales, starts, ends = (values * len(nets) if len(values) == 1 else values for values in columns)
+    if getattr(args, "guess_mode", False) and not nets:
+        args.usage_error("--guess-mode needs a --control-net")
+    if any(start >= end for start, end in zip(starts, ends)):
+        args.usage_error("--control-start must be below --control-end")
+    for path in nets:
+        if not path.startswith("hf://") and not pathlib.Path(path).exists():
+            raise FileNotFoundError(f"--control-net: there is nothing at {path!r}.")
+    pictures = [
+        canny(read_image(path, "--canny"), args.canny_low, args.canny_high)
+        if edges
+        else read_image(path, "--control-image")
+        for path, edges in images
+    ]
+    return list(zip(nets, pictures, scales, starts, ends))
+
+
+def load_controls(args, controls):
+    """Loads the ControlNets; returns arguments for the drawing."""
+    if not controls:
+        return {}
+    from keras_sd.weights.control_net import load_control_net
+
+    loaded = [(load_control_net(path, args.dtype), *others) for path, *others in controls]
+    return {"control": loaded, "guess_mode": args.guess_mode}
 
 
 # === The model ===

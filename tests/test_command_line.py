@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from keras_sd.__main__ import build_parser, main
+from keras_sd.edges import canny
 from keras_sd.png import read_parameters
 from keras_sd.presets import Preset
 
@@ -55,6 +56,8 @@ def recorder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (16, 8), "red").save("a.png")
     Image.new("RGB", (16, 8), "blue").save("b.png")
+    Image.fromarray(np.random.default_rng(1).integers(0, 100, (8, 16), "uint8")).save("grey.png")
+    monkeypatch.setattr("keras_sd.weights.control_net.load_control_net", lambda path, dtype: f"{dtype} net {path}")
     os.mkdir("loras")
     os.mkdir("safety_checker")
     for path in ("a.safetensors", "loras/a.safetensors", "loras/b.pt", "a:b.pt"):
@@ -101,6 +104,15 @@ VALUES = {
     "--lora": "a.safetensors:0.5",
     "--lora-dir": "loras",
     "--embedding": "loras/b.pt:<cat>",
+    "--control-net": "a.safetensors",
+    "--control-image": "b.png",
+    "--canny": "grey.png",
+    "--canny-low": "20",
+    "--canny-high": "120",
+    "--control-scale": "0.5",
+    "--control-start": "0.25",
+    "--control-end": "0.75",
+    "--guess-mode": None,
     "--variation-strength": "0.25",
     "--variation-seed": "3",
     "--to-prompt": "a pear",
@@ -137,6 +149,15 @@ NEEDS = {"--variation-seed": {"--variation-strength": "0.5"}, "--lora-dir": {"--
 NEEDS["interpolate --lora-dir"] = {"--to-prompt": "an <lora:a:0.5> apple"}
 
 
+CONTROL = {"--control-net": "loras/b.pt"}
+NEEDS |= {"--control-net": {"--control-image": "b.png"}, "--control-image": CONTROL, "--canny": CONTROL}
+for _name in ("--control-scale", "--control-start", "--control-end", "--guess-mode"):
+    NEEDS[_name] = CONTROL | {"--control-image": "b.png"}
+NEEDS |= {name: CONTROL | {"--canny": "grey.png"} for name in ("--canny-low", "--canny-high")}
+# Of these none is right without the other.
+TOGETHER = "--control-net", "--control-image", "--canny"
+
+
 def options_of(command):
     """The spellings of each option of a command."""
     (commands,) = (action for action in build_parser()._actions if action.dest == "command")
@@ -149,7 +170,10 @@ def without_pictures(args):
 
 
 def watched(kwargs):
-    return {name: "a callback" if name == "callback" else value for name, value in kwargs.items()}
+    """The arguments in a form that can be compared."""
+    nets = [(net, np.asarray(image).tolist(), *others) for net, image, *others in kwargs.get("control", ())]
+    shown = {"callback": "a callback", "control": nets}
+    return {name: shown.get(name, value) for name, value in kwargs.items()}
 
 
 @pytest.mark.parametrize("command", [*DRAWING, "interpolate"])
@@ -172,7 +196,8 @@ def test_every_flag_is_consumed(command, recorder, capsys, monkeypatch):
         (value,) = (VALUES[spelling] for spelling in spellings if spelling in VALUES)
         needs = NEEDS.get(f"{command} {spellings[0]}", NEEDS.get(spellings[0], {}))
         effects = {effect(needs | {spelling: value}) for spelling in spellings}
-        assert len(effects) == 1 and effect(needs) not in effects, spellings
+        without = effect({} if spellings[0] in TOGETHER else needs)
+        assert len(effects) == 1 and without not in effects, spellings
 
 
 def test_arguments_of_the_pipeline(recorder, capsys):
@@ -213,6 +238,42 @@ def test_arguments_of_the_pipeline(recorder, capsys):
         "Eta": "0.5",
         "Version": read_parameters("folder/00000.png")["Version"],
     }
+
+
+def test_control_nets(recorder, capsys):
+    """Pictures and nets go together in their order; one scale is for all."""
+    flags = "--control-net a.safetensors --canny grey.png --control-net a:b.pt --control-image b.png --control-scale -2"
+    flags += " --control-end 0.5 --control-end 1 --canny-low 3 --canny-high 6 --dtype bfloat16 --guess-mode"
+    run("img2img", "an apple", "--init-img", "a.png", *flags.split(), capsys=capsys)
+    _, (_, _, options) = recorder
+    first, second = options["control"]
+    edges = canny("grey.png", 3, 6)
+    assert first[0] == "bfloat16 net a.safetensors" and (first[1] == edges).all() and edges.any()
+    assert second[0] == "bfloat16 net a:b.pt" and second[1].getpixel((0, 0)) == (0, 0, 255)
+    assert (first[2:], second[2:]) == ((-2.0, 0.0, 0.5), (-2.0, 0.0, 1.0)) and options["guess_mode"] is True
+    assert read_parameters("out.png")["Control nets"] == "a: -2, a:b: -2"
+
+
+@pytest.mark.parametrize(
+    "flags, error, code",
+    [
+        ("--control-net a.safetensors", "give one --control-image, or --canny, for each --control-net", 2),
+        ("--canny a.png", "give one --control-image, or --canny, for each --control-net", 2),
+        ("--guess-mode", "--guess-mode needs a --control-net", 2),
+        ("--control-scale 1", "give --control-scale once, or once for each --control-net", 2),
+        (
+            "--control-net a:b.pt --canny a.png --control-start 0.6 --control-end 0.5",
+            "--control-start must be below --control-end",
+            2,
+        ),
+        ("--control-net c --canny a.png", "--control-net: there is nothing at 'c'", 1),
+        ("--control-net a:b.pt --canny c.png", "--canny: there is no file 'c.png'", 1),
+        ("--control-net a:b.pt --canny a.png --canny-low 300", "low 300.0 and high 200.0", 1),
+    ],
+)
+def test_bad_control_nets(recorder, capsys, flags, error, code):
+    run("txt2img", "an apple", *flags.split(), error=error, code=code, capsys=capsys)
+    assert recorder == []
 
 
 def test_loras_and_embeddings(recorder, capsys):

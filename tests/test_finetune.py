@@ -75,6 +75,7 @@ def test_every_flag_is_consumed(flags, pictures, tmp_path, monkeypatch, capsys):
         f"--export {tmp_path / 'models'} --validation_prompt drawing --validate_every 2 --train_text_encoder",
         "--train textual_inversion --token <new> --init_token drawing --no_latent_cache",
         f"--train lora --targets attention convolution --prior_archive {pictures} --dry-run --no_latent_cache",
+        "--train controlnet --dry-run --no_latent_cache",
     )
     for i, line in enumerate(runs):
         Recorded.__dict__.get("checked") and delattr(Recorded, "checked")
