@@ -11,6 +11,8 @@ _HOME = {
     "ImageEncoder": "models",
     "DiffusionModel": "models",
     "Decoder": "models",
+    "VisionEncoder": "models",
+    "IPAdapter": "models",
     "RRDBNet": "models",
     "read_rrdbnet": "weights.rrdbnet",
     "ControlNet": "models",
@@ -24,6 +26,9 @@ _HOME = {
     "make_table": "samplers",
     "CLIPTokenizer": "tokenizer",
     "PRESETS": "presets",
+    "write_checkpoint": "convert",
+    "add_watermark": "watermark",
+    "read_watermark": "watermark",
 }
 
 __all__ = list(_HOME)
