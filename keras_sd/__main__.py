@@ -99,6 +99,16 @@ def build_parser():
         metavar="PATH[:TOKEN]",
         help="textual inversion to know (default token: its own); may be repeated",
     )
+    draw.add_argument(
+        "--ip-adapter",
+        type=with_suffix(float),
+        metavar="PATH[:SCALE]",
+        help="IP-Adapter to look at a picture with (default scale 1)",
+    )
+    draw.add_argument("--image-prompt", metavar="PICTURE", help="the picture that the IP-Adapter looks at")
+    draw.add_argument(
+        "--image-encoder", metavar="PATH", help="its CLIP vision encoder (default: image_encoder/ beside it)"
+    )
     draw.add_argument("--low-memory", action="store_true", help="hold one model at a time, and all that follows here")
     draw.add_argument("--two-pass-guidance", action="store_true", help="half the U-Net's memory, a little slower")
     draw.add_argument("--vae-slicing", action="store_true", help="decode the pictures of a batch one after another")
@@ -276,6 +286,7 @@ def draw_pictures(args):
     (text,), loras = find_loras(args, prompt)
     check_prompts(text, args.negative_prompt)
     sampler, options = read_sampler(args)
+    check_ip_adapter(args)
     check_output(args)
     pictures, controls = open_pictures(args), find_controls(args)
     if getattr(args, "model", None) is not None and not pathlib.Path(args.model).is_file():
@@ -292,8 +303,7 @@ def draw_pictures(args):
         args.usage_error("--variation-seed needs a --variation-strength")
     sd = open_model(args.ckpt or args.preset, args)
     check_watermark(args, sd, pictures)
-    load_additions(sd, args, loras)
-    options |= watching(args, sd)
+    options |= load_additions(sd, args, loras) | watching(args, sd)
     options |= load_controls(args, controls)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     if varies and args.variation_seed is None:
@@ -333,11 +343,12 @@ def enlarge_picture(args, picture):
     """upscale with a network alone: one picture, no preset."""
     from keras_sd import __version__
 
-    given = args.strength, args.noise_level, args.preview, args.safety_checker, *args.lora, *args.embedding
+    given = args.strength, args.noise_level, args.preview, args.safety_checker, args.ip_adapter
+    given = *given, *args.lora, *args.embedding
     if args.n_samples * args.n_iter > 1 or any(value is not None for value in given):
         args.usage_error(
-            "--n_samples, --n_iter, --strength, --noise_level, --preview, --safety-checker, --lora and --embedding "
-            "need a prompt; --model alone enlarges"
+            "--n_samples, --n_iter, --strength, --noise_level, --preview, --safety-checker, --ip-adapter, --lora and "
+            "--embedding need a prompt; --model alone enlarges"
         )
     start_backend()
     from keras_sd.stable_diffusion import StableDiffusion
@@ -465,12 +476,21 @@ def described(args, sd, sampler, seed, image):
         "Hires_upscale": f"{hires:g}" if hires else None,
         "Hires_upscaler": "Latent" if hires else None,
         "Upscaler": pathlib.Path(args.model).stem if getattr(args, "model", None) else None,
-        "Loras": ", ".join(f"{pathlib.Path(p).stem}: {1 if s is None else s:g}" for p, s in args.lora or ()) or None,
+        "Loras": ", ".join(map(_named, args.lora or ())) or None,
+        "IP_adapter": _named(getattr(args, "ip_adapter", None)),
         "Mask_blur": getattr(args, "feather", None),
         "Noise_level": getattr(args, "noise_level", None),
         "Eta": args.ddim_eta,
         "Version": f"keras_sd {__version__}",
     }
+
+
+def _named(addition):
+    """(path, scale or None) as `name: scale`; None stays."""
+    if addition is None:
+        return None
+    path, scale = addition
+    return f"{pathlib.Path(path).stem}: {1 if scale is None else scale:g}"
 
 
 # === --watermark ===
@@ -542,13 +562,14 @@ def draw_film(args):
     texts, loras = find_loras(args, args.prompt, args.to_prompt)
     check_prompts(*texts, args.negative_prompt)
     sampler, options = read_sampler(args)
+    check_ip_adapter(args)
     check_preview(args)
     paths = args.out or ["out.png"]
     for path in paths:
         check_film(path)
     sd = open_model(args.ckpt or args.preset, args)
     check_watermark(args, sd)
-    load_additions(sd, args, loras)
+    options |= load_additions(sd, args, loras)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     frames = sd.interpolate(
         *texts,
@@ -596,11 +617,28 @@ def find_loras(args, *prompts):
 
 
 def load_additions(sd, args, loras):
-    """Loads --embedding and the LoRAs, (path, scale) each."""
+    """Loads --embedding, the LoRAs, (path, scale) each, and --ip-adapter; returns arguments for the drawing."""
     for path, token in args.embedding:
         sd.load_textual_inversion(path, token)
     for path, scale in loras:
         sd.load_lora(path, scale, name=path)
+    if args.ip_adapter is None:
+        return {}
+    path, scale = args.ip_adapter
+    sd.load_ip_adapter(path, args.image_encoder, 1.0 if scale is None else scale)
+    return {"image_prompt": args.image_prompt}
+
+
+def check_ip_adapter(args):
+    """Raises where --ip-adapter, --image-prompt and --image-encoder do not go together, or are not there."""
+    if (args.ip_adapter is None) != (args.image_prompt is None):
+        args.usage_error("--ip-adapter and --image-prompt go together; give both")
+    if args.ip_adapter is None and args.image_encoder is not None:
+        args.usage_error("--image-encoder is that of an --ip-adapter; give one")
+    paths = {"--ip-adapter": args.ip_adapter and args.ip_adapter[0], "--image-prompt": args.image_prompt}
+    for flag, path in paths.items():
+        if path is not None and not path.startswith("hf://") and not pathlib.Path(path).is_file():
+            raise FileNotFoundError(f"{flag}: there is no file {path!r}.")
 
 
 # === --control-net, --control-image, --canny ===

@@ -124,6 +124,9 @@ VALUES = {
     "--tokenizer": "t",
     "--vae": "a.png",
     "--watermark": None,
+    "--ip-adapter": "a.safetensors:0.5",
+    "--image-prompt": "b.png",
+    "--image-encoder": "e",
     "--safety-checker": None,
     "--safety-checker-from": "a.png",
     "--dtype": "float16",
@@ -146,6 +149,8 @@ REQUIRED = {"txt2img": {}, "img2img": {"--init-img": "a.png"}, "inpaint": {"--in
 REQUIRED |= {"upscale": {}, "interpolate": {"--to-prompt": "a fig", "--out": "film.gif"}}
 # Options that make sense beside others alone.
 NEEDS = {"--variation-seed": {"--variation-strength": "0.5"}, "--lora-dir": {"--prompt": "an <lora:a:0.5> apple"}}
+NEEDS |= {"--ip-adapter": {"--image-prompt": "a.png"}, "--image-prompt": {"--ip-adapter": "a.safetensors"}}
+NEEDS["--image-encoder"] = {"--ip-adapter": "a.safetensors", "--image-prompt": "a.png"}
 NEEDS["interpolate --lora-dir"] = {"--to-prompt": "an <lora:a:0.5> apple"}
 
 
@@ -155,7 +160,7 @@ for _name in ("--control-scale", "--control-start", "--control-end", "--guess-mo
     NEEDS[_name] = CONTROL | {"--control-image": "b.png"}
 NEEDS |= {name: CONTROL | {"--canny": "grey.png"} for name in ("--canny-low", "--canny-high")}
 # Of these none is right without the other.
-TOGETHER = "--control-net", "--control-image", "--canny"
+TOGETHER = "--control-net", "--control-image", "--canny", "--ip-adapter", "--image-prompt"
 
 
 def options_of(command):
