@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import diffusers
 import keras
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_trainer import SCHEDULER
+from test_trainer import ROOT, SCHEDULER
 from train_steps import batch
 
 import finetune
@@ -73,6 +76,21 @@ def test_steps_equal_those_of_diffusers(tiny, tmp_path):
     ]
     assert max(differences) < 1e-4
     assert all((np.array(v) == old).all() for v, old in zip(model.variables, before))
+
+
+def test_on_jax_no_buffer_is_shared():
+    """A step gives the buffers of all variables away, the U-Net's too, so a new network needs its own."""
+    script = """
+from train_steps import small_unet
+from keras_sd import ControlNet
+model = small_unet()
+net = ControlNet.from_diffusion_model(model)
+own, others = ({v.value.unsafe_buffer_pointer() for v in one.variables} for one in (net, model))
+assert len(own) == len(net.variables) and not own & others
+"""
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "tests"))
+    env = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", script], env=env, check=True)
 
 
 def test_mixed_precision_and_gradient_checkpointing():

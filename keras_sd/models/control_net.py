@@ -122,7 +122,8 @@ class ControlNet(keras.Model):
         weights = {variable.path: variable for variable in diffusion_model.variables}
         for i, variable in enumerate(net.variables):
             if variable.path in weights:
-                variable.assign(ops.cast(weights[variable.path], variable.dtype))
+                # a copy: training on JAX gives the buffers of both models away
+                variable.assign(ops.copy(ops.cast(weights[variable.path], variable.dtype)))
             elif not variable.path.startswith(ZERO) and variable.path.endswith("/kernel"):
                 variable.assign(keras.initializers.GlorotUniform(seed + i)(variable.shape))
         return net
