@@ -31,14 +31,14 @@ def save(trainer, folder, keep=2):
     folder = pathlib.Path(folder)
     for leftover in folder.glob(".step-*.tmp"):  # of a killed process
         leftover.unlink()
-    path = folder / f"step-{int(trainer.step):08d}.safetensors"
+    path = folder / f"step-{trainer.steps_done:08d}.safetensors"
     try:
         write_safetensors(path, {name: _Later(variable) for name, variable in _state(trainer).items()})
     except OSError as error:
         last = latest(folder)
         safe = f"{last} is whole, resume from it" if last else "there is no earlier checkpoint"
         raise type(error)(
-            error.errno, f"{error.strerror}. Training stopped at step {int(trainer.step)}; {safe}"
+            error.errno, f"{error.strerror}. Training stopped at step {trainer.steps_done}; {safe}"
         ) from error
     for old in _all(folder)[:-keep]:
         old.unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def restore(trainer, path):
             )
     for name, variable in variables.items():
         variable.assign(np.array(arrays[name]))
-    return int(trainer.step)
+    return trainer.steps_done
 
 
 class SaveCheckpoints(keras.callbacks.Callback):
@@ -104,7 +104,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self.folder, self.every, self.keep = folder, every, keep
 
     def on_train_begin(self, logs=None):
-        self.step = self.saved = int(self.model.step)
+        self.step = self.saved = self.model.steps_done
         last = latest(self.folder)
         if last and _step(last) > self.step:
             raise ValueError(

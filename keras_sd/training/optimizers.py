@@ -58,7 +58,11 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
         ema_warmup: let the momentum of update t be at most t / (9 + t), so that the average of a short run is not
             mostly its start.
 
+    Under a strategy of several TensorFlow devices no update can be conditional: there every step is taken, and
+    gradients are not accumulated; `DiffusionTrainer.compile` sees to it.
+
     Attributes:
+        conditional: whether a step may be left out.
         averages: list of float32 variables in the order of the trained ones, or None. After the first update they are
             the weights, after each further one `momentum · average + (1 - momentum) · weights`.
         taken: integer variable, number of batches whose gradients were finite.
@@ -69,6 +73,7 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
         if inner_optimizer.built or inner_optimizer.ema_overwrite_frequency:
             raise ValueError("The optimizer must be a fresh one, without ema_overwrite_frequency.")
         self.inner_optimizer, self.ema_warmup, self.averages = inner_optimizer, ema_warmup, None
+        self.conditional = True
         self.accumulation_steps = inner_optimizer.gradient_accumulation_steps or 1
         self.momentum = inner_optimizer.ema_momentum if inner_optimizer.use_ema else None
         inner_optimizer.gradient_accumulation_steps, inner_optimizer.use_ema = None, False
@@ -79,7 +84,8 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
             self._sums = [_slot(self, v, "sum", v.shape) for v in variables]
         if self.momentum is not None:
             # float32 also for narrower weights: a ten-thousandth of one would be rounded away
-            self.averages = [_slot(self, v, "average", v.shape) for v in variables]
+            same = "only_first_replica"  # each device computes it alike
+            self.averages = [_slot(self, v, "average", v.shape, aggregation=same) for v in variables]
             for average, variable in zip(self.averages, variables):
                 average.assign(ops.copy(ops.cast(variable, "float32")))  # JAX gives buffers away, so none is shared
         super().build(variables)
@@ -143,6 +149,9 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
 
     def _where(self, condition, update):
         """Runs `update`, which assigns variables, only where the condition is true."""
+        if not self.conditional:
+            update()
+            return
         if keras.backend.backend() != "jax":
             ops.cond(condition, update, lambda: None)
             return
@@ -171,8 +180,8 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
         return cls(**{**config, "inner_optimizer": inner})
 
 
-def _slot(optimizer, variable, name, shape, dtype="float32"):
-    return optimizer.add_variable(shape, dtype=dtype, name=f"{variable.path.replace('/', '_')}_{name}")
+def _slot(optimizer, variable, name, shape, dtype="float32", **kwargs):
+    return optimizer.add_variable(shape, dtype=dtype, name=f"{variable.path.replace('/', '_')}_{name}", **kwargs)
 
 
 # === Optimizers ===

@@ -100,22 +100,33 @@ class DiffusionTrainer(keras.Model):
             **kwargs: `jit_compile` (by default only on JAX), `run_eagerly`, `steps_per_execution`.
 
         Raises:
-            ValueError: nothing is trainable.
+            ValueError: nothing is trainable, or gradients are to be accumulated over several devices of TensorFlow.
         """
         if not self.trainable_variables:
             raise ValueError("Nothing to train: no variable of the diffusion model or the text encoder is trainable.")
         optimizer = keras.optimizers.get(optimizer)
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        # MirroredStrategy cannot apply an optimizer under a condition: there Keras' own features have to do
-        single = getattr(getattr(self, "distribute_strategy", None), "num_replicas_in_sync", 1) == 1
-        if single and not scaled and not isinstance(optimizer, GuardedOptimizer):
-            optimizer = GuardedOptimizer(optimizer)
+        self.replicas = getattr(getattr(self, "distribute_strategy", None), "num_replicas_in_sync", 1)
+        if not scaled:
+            if not isinstance(optimizer, GuardedOptimizer):
+                optimizer = GuardedOptimizer(optimizer)
+            optimizer.conditional = self.replicas == 1
+            if self.replicas > 1 and optimizer.accumulation_steps > 1:
+                raise ValueError(
+                    f"Gradients of {optimizer.accumulation_steps} batches cannot be accumulated on several devices of "
+                    "TensorFlow: take larger batches, or KERAS_BACKEND=jax."
+                )
         if not scaled and _computes_in_float16(self.diffusion_model):
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        if single and not optimizer.built:
+        if not optimizer.built:
             optimizer.build(self.trainable_variables)
         kwargs.setdefault("jit_compile", keras.backend.backend() == "jax")
         super().compile(optimizer=optimizer, **kwargs)
+
+    @property
+    def steps_done(self):
+        """Number of steps (batches) since the run began, those before a restart included."""
+        return int(ops.convert_to_numpy(self.step))
 
     @property
     def guard(self):
@@ -163,11 +174,12 @@ class DiffusionTrainer(keras.Model):
         return self.diffusion_model(inputs)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        return objective.loss(y_pred, x.get("prior"), self.prior_weight)
+        loss = objective.loss(y_pred, x.get("prior"), self.prior_weight)
+        return loss / self.replicas  # the gradients of MirroredStrategy's devices are summed
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """The loss of this very step; the history has the mean over the epoch."""
-        return {"loss": self.compute_loss(x, y, y_pred)}
+        return {"loss": objective.loss(y_pred, x.get("prior"), self.prior_weight)}
 
     def _latent(self, batch):
         if "mean" in batch:

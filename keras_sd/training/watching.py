@@ -73,11 +73,11 @@ class StopWhenBroken(keras.callbacks.Callback):
 
     def _taken(self):
         guard = self.model.guard
-        return None if guard is None else int(guard.taken)
+        return None if guard is None else int(keras.ops.convert_to_numpy(guard.taken))
 
     def _stop(self, what):
         raise FloatingPointError(
-            f"The {what} not finite for {self.patience} steps in a row, up to step {int(self.model.step)}; none "
+            f"The {what} not finite for {self.patience} steps in a row, up to step {self.model.steps_done}; none "
             "of them changed a weight, and the last checkpoint stays. Try a lower learning rate or a wider dtype."
         )
 
@@ -95,7 +95,7 @@ class Progress(keras.callbacks.Callback):
         self.steps, self.batch_size = steps, batch_size
 
     def on_train_begin(self, logs=None):
-        self.bar = tqdm(total=self.steps, initial=int(self.model.step), unit="step")
+        self.bar = tqdm(total=self.steps, initial=self.model.steps_done, unit="step")
 
     def on_train_batch_end(self, batch, logs=None):
         rate = self.bar.format_dict["rate"]
@@ -157,7 +157,7 @@ class WriteScalars(keras.callbacks.Callback):
         self.summaries, self.batch_size, self.every = summaries, batch_size, every
 
     def on_train_begin(self, logs=None):
-        self.step, self.time = int(self.model.step), time.perf_counter()
+        self.step, self.time = self.model.steps_done, time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
         self.step += 1
@@ -195,7 +195,7 @@ class DrawPictures(keras.callbacks.Callback):
         self.draw, self.folder, self.every, self.summaries = draw, pathlib.Path(folder), every, summaries
 
     def on_train_begin(self, logs=None):
-        self.step = int(self.model.step)
+        self.step = self.model.steps_done
 
     def on_train_batch_end(self, batch, logs=None):
         self.step += 1
