@@ -54,6 +54,13 @@ def build_parser():
     flag("train_text_encoder", action="store_true", help="the text encoder, too (unet, lora)")
     flag("rank", type=number(int, 1), default=8, help="rank of the LoRA factors (lora, lcm)")
     flag("lora_alpha", type=number(float, 0), help="their scale is alpha / rank (default: the rank)")
+    flag(
+        "targets",
+        nargs="+",
+        default=["attention"],
+        help="layers with factors: attention, feed_forward, projection, "
+        "convolution, timestep, or regular expressions of their names (lora, lcm)",
+    )
     flag("token", help="the new word (textual_inversion)")
     flag("num_vectors", type=number(int, 1), default=1, help="its vectors (textual_inversion)")
     flag("init_token", help="a known word that it starts from (textual_inversion)")
@@ -194,7 +201,7 @@ def make_trainer(args, sd):
     elif args.train == "controlnet":
         trainer, options["control_net"] = ControlNetTrainer, open_control_net(args, sd)
     if args.train in ("lora", "lcm"):
-        sd.add_lora(args.rank, args.lora_alpha, text_encoder=args.train_text_encoder, seed=args.seed)
+        sd.add_lora(args.rank, args.lora_alpha, args.targets, args.train_text_encoder, args.seed)
     return trainer(sd.diffusion_model, sd.scheduler[0], sd.text_encoder, sd.image_encoder, **options)
 
 
