@@ -28,7 +28,7 @@ demo: venv  ## pictures drawn from text by the embedded model, and one through a
 	$(BIN)/python -m serving.demo --out out
 
 test: .venv/tests-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/tests-installed
 	$(BIN)/ruff format --check .
