@@ -27,6 +27,7 @@ def build_parser():
             spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
             default = kwargs.get("default")
             default = " ".join(default) if isinstance(default, list) else default
+            default = " ".join(default) if isinstance(default, list) else default
             if default not in (None, False):
                 kwargs["help"] += f" (default {default:g})" if isinstance(default, float) else f" (default {default})"
             group.add_argument(*spellings, *args, dest=name, **kwargs)
@@ -58,8 +59,8 @@ def build_parser():
         "targets",
         nargs="+",
         default=["attention"],
-        help="layers with factors: attention, feed_forward, projection, "
-        "convolution, timestep, or regular expressions of their names (lora, lcm)",
+        help="layers with LoRA factors: attention, feed_forward, projection, convolution, timestep, or regular "
+        "expressions of their names",
     )
     flag("token", help="the new word (textual_inversion)")
     flag("num_vectors", type=number(int, 1), default=1, help="its vectors (textual_inversion)")

@@ -6,8 +6,8 @@
 | TensorFlow | `tf.distribute.MirroredStrategy` | |
 
 On JAX a batch that is spread over devices is one batch: noise, timesteps and gradients are those of a single device
-with the whole of it. On TensorFlow each device draws its own noise, and a step whose gradients are not finite is not left
-out. Each process brings its own part, see `num_shards` of `keras_sd.training.batches.batches`.
+with the whole of it. On TensorFlow each device draws its own noise, and a step whose gradients are not finite is not
+left out. Each process brings its own part, see `num_shards` of `keras_sd.training.batches.batches`.
 """
 
 import contextlib
