@@ -120,6 +120,12 @@ def test_a_preset_comes_out_of_full_training(flags, tmp_path, capsys):
     assert sd.text_to_image("drawing", num_steps=2, height=32, width=32, progress=False).shape == (1, 32, 32, 3)
 
 
+def test_a_lora_is_exported(flags, tmp_path, capsys):
+    line = f"{flags} --train lora --rank 2 --no_latent_cache --export {tmp_path / 'models'}"
+    assert finetune.main(line.split()) == 0, capsys.readouterr().err
+    assert (tmp_path / "models" / "diffusion_model" / "1" / "saved_model.pb").exists()
+
+
 @pytest.mark.parametrize(
     "line, error, code",
     [

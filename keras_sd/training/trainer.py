@@ -143,13 +143,14 @@ class DiffusionTrainer(keras.Model):
         if averages is None:
             yield
             return
-        raw = [np.array(ops.convert_to_numpy(v)) for v in self.trainable_variables]
+        variables = list(self.trainable_variables)  # fused factors are no longer among them at the end
+        raw = [np.array(ops.convert_to_numpy(v)) for v in variables]
         try:
-            for variable, average in zip(self.trainable_variables, averages):
+            for variable, average in zip(variables, averages):
                 variable.assign(ops.copy(ops.cast(average, variable.dtype)))
             yield
         finally:
-            for variable, value in zip(self.trainable_variables, raw):
+            for variable, value in zip(variables, raw):
                 variable.assign(value)
 
     # === One step ===
