@@ -66,10 +66,16 @@ def render(drawing, background):
     return np.asarray(picture.convert("RGB"))
 
 
-def draw_pictures(folder):
-    """Writes `learn/` (pictures, data.csv), `prompts.json`, and `renderings.npz`: every emoji on every background."""
-    known = json.loads((locate("emoji") / "captions.json").read_text())
-    backgrounds, drawings = known["backgrounds"], read_drawings(known["emoji"])
+def draw_pictures(folder, drawings, backgrounds, learnt=LEARNT, count=COUNT):
+    """Writes `learn/` (pictures, data.csv), `prompts.json`, and `renderings.npz`: every emoji on every background.
+
+    Args:
+        folder: where to.
+        drawings: {name: RGBA picture}.
+        backgrounds: {name: (red, green, blue)}, three at least.
+        learnt: number of emoji that are learnt.
+        count: number of prompts of each kind.
+    """
     random = np.random.default_rng(0)
     names = [str(name) for name in random.permutation(sorted(drawings))]
     grounds = {name: [str(ground) for ground in random.permutation(list(backgrounds))] for name in names}
@@ -77,11 +83,11 @@ def draw_pictures(folder):
     with open(folder / "learn" / "data.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image_path", "caption"])
-        for i, (name, ground) in enumerate((x, ground) for x in names[:LEARNT] for ground in grounds[x][:2]):
+        for i, (name, ground) in enumerate((x, ground) for x in names[:learnt] for ground in grounds[x][:2]):
             text = caption(name, ground)
             write_png(folder / "learn" / f"{i:03d}.png", render(drawings[name], backgrounds[ground]), text)
             table.writerow([f"{i:03d}.png", text])
-    chosen = {"learnt emoji": names[:LEARNT][:COUNT], "other emoji": names[LEARNT:][:COUNT]}
+    chosen = {"learnt emoji": names[:learnt][:count], "other emoji": names[learnt:][:count]}
     prompts = {kind: [[name, grounds[name][2]] for name in names] for kind, names in chosen.items()}
     (folder / "prompts.json").write_text(json.dumps(prompts, indent=1))
     renderings = np.stack([[render(drawings[name], rgb) for rgb in backgrounds.values()] for name in names])
@@ -128,7 +134,8 @@ def main():
     command.add_argument("--out", help="PNG: a row of pictures per model, and one of renderings in the style")
     args = parser.parse_args()
     if args.command == "pictures":
-        return draw_pictures(args.folder)
+        known = json.loads((locate("emoji") / "captions.json").read_text())
+        return draw_pictures(args.folder, read_drawings(known["emoji"]), known["backgrounds"])
     rendering, _ = open_renderings(args.folder)
     sheets = []
     for kind, pairs in json.loads((args.folder / "prompts.json").read_text()).items():

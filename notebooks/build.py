@@ -21,12 +21,16 @@ def read(name):
 
 def run(notebook):
     """Executes all cells in the project's folder; an error in a cell is raised."""
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER.parent)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=7200, resources={"metadata": {"path": str(FOLDER.parent)}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times, which differ from run to run
         if "outputs" in cell:  # what libraries log is no result
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if not is_log(output)]
     return notebook
+
+
+def is_log(output):
+    return output.get("name") == "stderr" or output.get("text", "").startswith("WARNING:tensorflow")
 
 
 def main(arguments=None):

@@ -4,12 +4,26 @@ import json
 
 import jupytext
 import pytest
+from PIL import Image, ImageDraw
 
+from benchmarks.style import draw_pictures
 from notebooks.build import FOLDER, SOURCES, read, run
 
 
 def test_there_are_notebooks():
-    assert {"text_to_image", "export_and_serve"} <= set(SOURCES)
+    assert {"text_to_image", "export_and_serve", "finetune"} <= set(SOURCES)
+
+
+@pytest.fixture(scope="module")
+def style(tmp_path_factory):
+    """A small set of pictures for the notebook `finetune`: flat shapes in place of emoji."""
+    folder, drawings = tmp_path_factory.mktemp("style"), {}
+    for i, name in enumerate(("red apple", "rocket", "penguin", "banana")):
+        drawings[name] = Image.new("RGBA", (80, 80))
+        ImageDraw.Draw(drawings[name]).regular_polygon((40, 40, 35), i + 3, fill=(60 * i, 200 - 50 * i, 90))
+    grounds = {"red": (205, 40, 45), "blue": (45, 95, 205), "white": (255, 255, 255)}
+    draw_pictures(folder, drawings, grounds, learnt=2, count=2)
+    return folder
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -23,7 +37,9 @@ def test_the_kept_notebook_is_its_source_with_outputs(name):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_it_runs(name):
+def test_it_runs(name, style, monkeypatch):
+    monkeypatch.setenv("STYLE", str(style))
+    monkeypatch.setenv("EPOCHS", "1")
     notebook = run(read(name))
     kept = jupytext.read(FOLDER / f"{name}.ipynb")
     for cell, known in zip(notebook.cells, kept.cells):
