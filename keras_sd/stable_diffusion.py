@@ -1,9 +1,6 @@
-"""The pipeline: tokenizer, the four models and a sampler, composed."""
+"""The pipeline: what is drawn with the parts, from text, from pictures, and larger."""
 
 import functools
-import gc
-import numbers
-import pathlib
 import secrets
 
 import keras
@@ -11,25 +8,23 @@ import numpy as np
 from PIL import Image
 
 from keras_sd import tiling
+from keras_sd.arguments import check_integer, check_noise, check_scale, check_seed, check_strength, count
 from keras_sd.control import check_fit, conditioning, control_scales, read_controls
-from keras_sd.denoiser import Denoiser
 from keras_sd.images import feathered, fit, read_image, to_model
-from keras_sd.lora import Adapters, add_lora, lora_factors, lora_layers, remove_lora, target_layers
 from keras_sd.noise import initial_noise, lerp, row_noise, seeds_of, slerp
+from keras_sd.parts import Parts
 from keras_sd.presets import locate
 from keras_sd.preview import clean_latent, fit_model, read_map, to_rgb
 from keras_sd.prompts import as_list, by_row, emphasize, padded, segments, tokenize
 from keras_sd.samplers import SamplerTable, make_table
 from keras_sd.scheduler_config import read_scheduler_config
 from keras_sd.super_resolution import enlarge
-from keras_sd.weights.lora import write_lora
 from keras_sd.weights.rrdbnet import read_rrdbnet
-from keras_sd.weights.textual_inversion import read_textual_inversion
 
 WHOLE = 2**20  # pixels that the autoencoder takes at once, unless it is told otherwise: one picture of 1024 × 1024
 
 
-class StableDiffusion:
+class StableDiffusion(Parts):
     """Draws pictures from text, with the API of `keras_cv.models.StableDiffusion`.
 
     Nothing is loaded before it is needed; every part (`tokenizer`, `text_encoder`, `diffusion_model`, `image_encoder`,
@@ -59,355 +54,6 @@ class StableDiffusion:
         sd = StableDiffusion.from_preset("emoji")
         images = sd.text_to_image("red apple on a blue background", batch_size=4, num_steps=25, seed=7)
     """
-
-    def __init__(
-        self,
-        img_height=None,
-        img_width=None,
-        jit_compile=None,
-        *,
-        preset="sd-v1-4",
-        dtype=None,
-        tokenizer=None,
-        two_pass_guidance=False,
-        vae_slicing=None,
-        vae_tiling=None,
-        low_memory=False,
-        vae=None,
-        safety_checker=None,
-    ):
-        self.preset, self.dtype, self.jit_compile = preset, dtype, jit_compile
-        self.two_pass_guidance = two_pass_guidance or low_memory
-        self.vae_slicing, self.vae_tiling = (True, True) if low_memory else (vae_slicing, vae_tiling)
-        self.low_memory = low_memory
-        self._replaceable = {}  # name → model that was read from files and can be again
-        self._tokenizer_source, self._vae_source, self._safety_checker_source = tokenizer, vae, safety_checker
-        self._image_prompt = None  # what load_ip_adapter loads
-        self.flagged = None  # of the last call's pictures, which ones the safety checker blacked out; None without one
-        for name, value in (("img_height", img_height), ("img_width", img_width)):
-            if value is not None:
-                _check_integer(name, value, 8)
-        self._size = (img_height, img_width)
-
-    @classmethod
-    def from_preset(cls, preset, **kwargs):
-        """Opens a model.
-
-        Args:
-            preset: a built-in name (`keras_sd.PRESETS`), a path (folder in the diffusers or KerasCV layout,
-                `.safetensors` or `.ckpt` file), or `hf://owner/name`.
-            **kwargs: further arguments of `StableDiffusion`.
-
-        Raises:
-            ValueError, FileNotFoundError: no such preset or path, or what is there is no checkpoint.
-        """
-        model = cls(preset=preset, **kwargs)
-        model.checkpoint, model.safety_checker  # noqa: B018  (a wrong name is said here, not at the first picture)
-        return model
-
-    # === Parts, loaded at first use ===
-
-    @functools.cached_property
-    def checkpoint(self):
-        from keras_sd.checkpoint import open_checkpoint, with_vae
-
-        checkpoint = open_checkpoint(locate(self.preset), self._tokenizer_source)
-        return checkpoint if self._vae_source is None else with_vae(checkpoint, self._vae_source)
-
-    @functools.cached_property
-    def tokenizer(self):
-        return self.checkpoint.tokenizer()
-
-    @functools.cached_property
-    def text_encoder(self):
-        return self._part("text_encoder")
-
-    @functools.cached_property
-    def diffusion_model(self):
-        return self._part("diffusion_model")
-
-    @functools.cached_property
-    def image_encoder(self):
-        return self._part("image_encoder")
-
-    @functools.cached_property
-    def decoder(self):
-        return self._part("decoder")
-
-    @functools.cached_property
-    def safety_checker(self):
-        """The `SafetyChecker` that looks at all pictures, None without one."""
-        if self._safety_checker_source in (None, False):
-            return None
-        from keras_sd.presets import locate_safety_checker
-        from keras_sd.safety_checker import SafetyChecker
-
-        return SafetyChecker(locate_safety_checker(self.preset, self._safety_checker_source))
-
-    @functools.cached_property
-    def safety_encoder(self):
-        return self._part("safety_encoder", self.safety_checker.build_encoder)
-
-    @functools.cached_property
-    def image_prompt_encoder(self):
-        return self._part("image_prompt_encoder", self._image_prompt.build_encoder)
-
-    @functools.cached_property
-    def scheduler(self):
-        """(NoiseScheduler, sampler name, sampler options) of the preset."""
-        # diffusers corrects old configs where it opens Stable Diffusion, but not for its upscaler.
-        return read_scheduler_config(self.checkpoint.scheduler(), pipeline=self.checkpoint.upscaler() is None)
-
-    @functools.cached_property
-    def image_size(self):
-        """Default (height, width) of the pictures in pixels."""
-        height, width = self._size
-        if None in self._size:
-            height, width = (own or default for own, default in zip(self._size, self.checkpoint.image_size()))
-        return height, width
-
-    @property
-    def img_height(self):
-        return self.image_size[0]
-
-    @property
-    def img_width(self):
-        return self.image_size[1]
-
-    @property
-    def denoiser(self):
-        """The compiled denoising step around `diffusion_model`."""
-        known = self.__dict__.get("_denoiser")
-        if known is None or known.diffusion_model is not self.diffusion_model:
-            known = self._denoiser = self._new_denoiser()
-        return known
-
-    def _controlled_denoiser(self, controls, guess_mode):
-        """The step with ControlNets; that of the last ones is kept."""
-        # diffusers' rule: a first network that averages its residuals over the picture brings all into that mode
-        guess_mode = bool(guess_mode or controls[0].net.arguments["global_pool_conditions"])
-        parts = [self.diffusion_model, *(one.net for one in controls), guess_mode]
-        known = self.__dict__.get("_controlled")
-        if known is None or [known.diffusion_model, *known.control_nets, known.guess_mode] != parts:
-            known = self._controlled = self._new_denoiser(parts[1:-1], guess_mode)
-        return known
-
-    def _new_denoiser(self, control_nets=(), guess_mode=False):
-        adapter = self._image_prompt and self._image_prompt.adapter
-        options = self.two_pass_guidance, self.jit_compile, control_nets, guess_mode, adapter
-        return Denoiser(self.diffusion_model, *options)
-
-    def _part(self, name, read=None):
-        """Reads a model, by default from the checkpoint; with `low_memory` first gives up those read before."""
-        if self.low_memory:
-            for other, model in self._replaceable.items():
-                if vars(self).get(other) is model:  # and not one that was assigned in its place
-                    del vars(self)[other]
-            self._replaceable.clear()
-            self._forget_step(traces=True)
-            model = None
-            gc.collect()  # models and their compiled functions refer to each other
-        model = self._replaceable[name] = self._compiled((read or getattr(self.checkpoint, name))(self.dtype))
-        return model
-
-    def _keep(self, *names):
-        """Models that are going to be changed: read again, they would be what they were."""
-        for name in names:
-            getattr(self, name)
-            self._replaceable.pop(name, None)
-
-    def _argument(self, name, key):
-        """One of the arguments that a model was or will be made with; where it can be, without reading the model."""
-        known = name in vars(self) or self.checkpoint.arguments is None
-        return (getattr(self, name).arguments if known else self.checkpoint.arguments(name))[key]
-
-    def _compiled(self, model):
-        model.compile(jit_compile=keras.backend.backend() == "jax" if self.jit_compile is None else self.jit_compile)
-        return model
-
-    def save_preset(self, folder, dtype=None):
-        """Writes the model as a folder in the diffusers layout, which `from_preset` and diffusers open.
-
-        Args:
-            folder: where to; each file appears under its name when it is complete, `model_index.json` last.
-            dtype: NumPy dtype of the weights, e.g. "float16"; by default that of the models.
-        """
-        from keras_sd.weights.diffusers_folder import write_folder
-
-        write_folder(
-            folder,
-            self.tokenizer,
-            self.text_encoder,
-            self.diffusion_model,
-            self.image_encoder,
-            self.decoder,
-            self.checkpoint.scheduler(),
-            self.image_size,
-            dtype,
-            self.checkpoint.upscaler(),
-            self.checkpoint.companions(),
-        )
-
-    # === LoRA ===
-
-    def load_lora(self, path, scale=1.0, name=None):
-        """Merges a LoRA into the weights of the U-Net and the text encoder; several add up.
-
-        Args:
-            path: a file or folder in the naming of kohya, diffusers or PEFT; see `keras_sd.weights.lora`.
-            scale: how much of it, any number.
-            name: what to call it afterwards; by default the file's name without its ending, or the folder's.
-
-        Returns:
-            its name.
-
-        Raises:
-            FileNotFoundError, ValueError: nothing is there, it is no LoRA, or one for another architecture (the first
-                key that does not fit is named); or the name is taken. No weight is changed then. Keys that say
-                nothing about a layer are listed in a warning.
-        """
-        path = pathlib.Path(path)
-        name = (path.stem if path.is_file() else path.name) if name is None else name
-        self._keep("diffusion_model", "text_encoder")
-        self._adapters.load(path, scale, name)
-        self._forget_step()
-        return name
-
-    def set_lora_scale(self, name, scale):
-        """Changes how much of a loaded LoRA is in the weights."""
-        self._adapters.set_scale(name, scale)
-        self._forget_step()
-
-    def unload_lora(self, name=None):
-        """Takes a LoRA out, or all, and factors to train with it: the weights are what they were, bit for bit."""
-        self._adapters.unload(name)
-        self._forget_step(traces=name is None and self._remove_factors())
-
-    def fuse_lora(self):
-        """Makes what is loaded, or was trained, a part of the weights, from which nothing takes it out any more."""
-        self._adapters.fuse()
-        self._forget_step(traces=self._remove_factors(fuse=True))
-
-    def add_lora(self, rank=8, alpha=None, targets=("attention",), text_encoder=False, seed=0):
-        """Adds trainable factors to the U-Net, and with `text_encoder` to the text encoder, and freezes all else.
-
-        Args:
-            rank, alpha, targets, seed: as in `keras_sd.lora.add_lora`; the text encoder gets the targets that it has.
-
-        Returns:
-            number of layers that have factors now.
-        """
-        targets = (targets,) if isinstance(targets, str) else targets
-        self._keep("diffusion_model", *(["text_encoder"] if text_encoder else []))
-        layers = add_lora(self.diffusion_model, rank, alpha, targets, seed)
-        if text_encoder:
-            targets = [target for target in targets if target_layers(self.text_encoder, target)]
-            layers += add_lora(self.text_encoder, rank, alpha, targets, seed + len(layers))
-        self._forget_step(traces=True)
-        return len(layers)
-
-    def save_lora(self, path, naming="kohya", dtype="float32"):
-        """Writes the factors that `add_lora` added; see `keras_sd.weights.lora.write_lora`."""
-        models = {"unet": self.diffusion_model, "text_encoder": self.text_encoder}
-        factors = {(c, layer): f for c, model in models.items() for layer, f in lora_factors(model).items()}
-        if not factors:
-            raise ValueError("There are no LoRA factors to save: add_lora adds them.")
-        write_lora(path, factors, naming, dtype)
-
-    @property
-    def loras(self):
-        """dict name → scale of the loaded LoRAs."""
-        return dict(self._adapters.scales)
-
-    @functools.cached_property
-    def _adapters(self):
-        return Adapters({"unet": lambda: self.diffusion_model, "text_encoder": lambda: self.text_encoder})
-
-    def _remove_factors(self, fuse=False):
-        """Takes the factors of `add_lora` out of the models that are loaded; returns whether there were any."""
-        loaded = [self.__dict__[name] for name in ("diffusion_model", "text_encoder") if name in self.__dict__]
-        return any([remove_lora(model, fuse) for model in loaded])
-
-    def _forget_step(self, traces=False):
-        """The compiled step knows variables that are no longer used; OpenVINO's knows the values of all."""
-        if traces or keras.backend.backend() == "openvino":
-            self.__dict__.pop("_denoiser", None)
-            self.__dict__.pop("_controlled", None)
-
-    # === Textual inversion ===
-
-    def load_textual_inversion(self, path, token=None):
-        """Adds a token with vectors of its own, for prompts and negative prompts.
-
-        Args:
-            path: a file of diffusers or AUTOMATIC1111's web UI; see `keras_sd.weights.textual_inversion`.
-            token: what to write in prompts, whatever its case; by default the file's own, or the file's name. Several
-                vectors take as many of the 75 places of a chunk.
-
-        Returns:
-            the token.
-
-        Raises:
-            FileNotFoundError, ValueError: nothing is there, it is no textual inversion, or one for another
-                architecture; or the token is in the vocabulary already.
-        """
-        token, vectors = read_textual_inversion(path, token)
-        width = self.text_encoder.arguments["hidden_size"]
-        if vectors.shape[1] != width:
-            raise ValueError(
-                f"{str(path)!r} holds vectors of {vectors.shape[1]} numbers; the text encoder needs {width}: "
-                "it is for another architecture."
-            )
-        self.add_token(token, vectors)
-        return token
-
-    def add_token(self, token, vectors):
-        """Adds a token to the tokenizer, and its vectors (n, width) to the text encoder; returns its ids."""
-        if lora_layers(self.text_encoder):
-            raise ValueError("The text encoder has LoRA factors to train; add tokens before them, or fuse them first.")
-        first = self.text_encoder.arguments["vocab_size"]
-        ids = [*range(first, first + len(vectors))]
-        self.tokenizer = self.tokenizer.with_token(token, ids)
-        self.text_encoder = self._compiled(self.text_encoder.with_tokens(vectors))
-        self._adapters.move("text_encoder", self.text_encoder)
-        return ids
-
-    # === IP-Adapter ===
-
-    def load_ip_adapter(self, path, image_encoder=None, scale=1.0):
-        """Loads an IP-Adapter, in place of one that was loaded before: every call that draws then takes `image_prompt`.
-
-        Args:
-            path: `.safetensors` or `.bin` file of the base version, e.g. `ip-adapter_sd15.safetensors`, or
-                `hf://owner/name/file`.
-            image_encoder: folder of its CLIP vision encoder; by default `image_encoder/` beside the file.
-            scale: how much of it, any number.
-
-        Raises:
-            FileNotFoundError, ValueError: something is not there, or is for another architecture; the first key that
-                does not fit is named. Nothing is changed then.
-        """
-        from keras_sd.image_prompt import ImagePrompt
-
-        _check_number("scale", scale)
-        loaded = ImagePrompt(path, image_encoder, self.diffusion_model, self.dtype)
-        self.unload_ip_adapter()
-        self._image_prompt = loaded
-        self.set_ip_adapter_scale(scale)
-
-    def set_ip_adapter_scale(self, scale):
-        """Changes how much the picture counts beside the text."""
-        _check_number("scale", scale)
-        if self._image_prompt is None:
-            raise ValueError("No IP-Adapter is loaded; load_ip_adapter loads one.")
-        self._image_prompt.adapter.scale.assign(scale)
-        self._forget_step()
-
-    def unload_ip_adapter(self):
-        """Pictures are drawn as before `load_ip_adapter`, which changed no weight."""
-        self._image_prompt = None
-        self.__dict__.pop("image_prompt_encoder", None)
-        self._forget_step(traces=True)
 
     # === Text to image ===
 
@@ -541,7 +187,7 @@ class StableDiffusion:
                 raise ValueError("hires draws at two sizes: it takes a seed and a sampler's name, no noise, no table.")
             options = {**sampler_options, "strength": hires_strength}
             table = self._table(sampler, num_steps, unconditional_guidance_scale, options)
-            second_pass = _check_scale("hires", hires), table, _steps(sampler, num_steps, hires_strength)
+            second_pass = check_scale("hires", hires), table, _steps(sampler, num_steps, hires_strength)
         return self._draw(
             encoded_text,
             negative_prompt,
@@ -604,14 +250,14 @@ class StableDiffusion:
         Returns:
             uint8 (batch_size, height, width, 3).
         """
-        _check_strength(strength)
+        check_strength(strength)
         picture = self._fitted(image, height, width)
         known = self.encode(picture)
         if latent_scale is not None:
-            known = _resized(known, _check_scale("latent_scale", latent_scale))
+            known = _resized(known, check_scale("latent_scale", latent_scale))
         if strength == 0:
-            count = _count(batch_size, prompts=as_list(prompt), negative_prompts=negative_prompt, seeds=seed)
-            return self._checked(np.repeat(self.decode(known), count, axis=0))
+            copies = count(batch_size, prompts=as_list(prompt), negative_prompts=negative_prompt, seeds=seed)
+            return self._checked(np.repeat(self.decode(known), copies, axis=0))
         options = {**sampler_options, "strength": strength}
         return self._draw(
             as_list(prompt),
@@ -675,7 +321,7 @@ class StableDiffusion:
         Returns:
             uint8 (batch_size, height, width, 3).
         """
-        if _check_strength(strength) == 0:
+        if check_strength(strength) == 0:
             raise ValueError("strength must be above 0 for inpaint; got 0.")
         image, mask = read_image(image), read_image(mask, "mask")
         if mask.size != image.size:
@@ -685,7 +331,7 @@ class StableDiffusion:
         mask = np.asarray(fit(mask, picture.height, picture.width, self.factor).convert("L")) >= 128
         if not mask.any():
             raise ValueError("mask is empty: nothing in it is white (128 or more), so there is nothing to repaint.")
-        weights = feathered(mask, _check_integer("feather", feather, 0))[..., None]
+        weights = feathered(mask, check_integer("feather", feather, 0))[..., None]
         known = self.encode(picture)
         repaint = mask[:: self.factor, :: self.factor]
         if not repaint.any():  # it falls between the pixels that stand for the latent's positions
@@ -767,7 +413,7 @@ class StableDiffusion:
         Reference: Rombach et al. (2022), arXiv 2112.10752, section 4.4 (upscaler); `keras_sd.RRDBNet` (network).
         """
         image = read_image(image)
-        scale = None if scale is None else _check_scale("scale", scale)
+        scale = None if scale is None else check_scale("scale", scale)
         upscaler = None if model is not None and prompt is None else self.checkpoint.upscaler()
         if upscaler is not None and (model is not None or strength is not None):
             raise ValueError("This preset is a ×4 upscaler, which takes no model and no strength, but a noise_level.")
@@ -815,17 +461,17 @@ class StableDiffusion:
     ):
         """Draws with a ×4 upscaler: its network sees the noised small picture beside the latent of the same size."""
         config, most = upscaler
-        if _check_integer("noise_level", noise_level, 0) > most:
+        if check_integer("noise_level", noise_level, 0) > most:
             raise ValueError(f"noise_level must be at most {most} for this model; got {noise_level}.")
-        batch_size = _count(batch_size, prompts=as_list(prompt), negative_prompts=negative_prompt, seeds=seed)
+        batch_size = count(batch_size, prompts=as_list(prompt), negative_prompts=negative_prompt, seeds=seed)
         small = np.repeat(to_model(image), batch_size, axis=0)
         if image_noise is None:
-            own_seed = secrets.randbits(31) if seed is None else _check_seed("seed", seed)
+            own_seed = secrets.randbits(31) if seed is None else check_seed("seed", seed)
             seed = own_seed if diffusion_noise is None else seed
             generators = (np.random.default_rng((one, 1)) for one in seeds_of(own_seed, batch_size))
             image_noise = np.stack([g.standard_normal(small.shape[1:], dtype="float32") for g in generators])
         else:
-            image_noise = _check_noise(image_noise, small.shape, "image_noise")
+            image_noise = check_noise(image_noise, small.shape, "image_noise")
         return self._draw(
             prompt,
             negative_prompt,
@@ -889,9 +535,9 @@ class StableDiffusion:
         for name, one in zip(("prompt", "to_prompt"), prompts):
             if not isinstance(one, str):
                 raise TypeError(f"{name} must be a string; got {one!r}.")
-        seed = secrets.randbits(31) if seed is None else _check_integer("seed", seed, 0)
-        seeds = [seed, seed if to_seed is None else _check_integer("to_seed", to_seed, 0)]
-        batches = -(-_check_integer("frames", frames, 2) // _check_integer("batch_size", batch_size, 1))
+        seed = secrets.randbits(31) if seed is None else check_integer("seed", seed, 0)
+        seeds = [seed, seed if to_seed is None else check_integer("to_seed", to_seed, 0)]
+        batches = -(-check_integer("frames", frames, 2) // check_integer("batch_size", batch_size, 1))
         shape = self.latent_shape(height, width)
         table = self._table(sampler, num_steps, unconditional_guidance_scale, sampler_options)
         steps = _steps(sampler, num_steps, sampler_options.get("strength", 1.0)) or len(table)
@@ -980,7 +626,7 @@ class StableDiffusion:
         """(h, w, channels) of the latents of pictures of a size in pixels, by default `image_size`."""
         height, width = (self.image_size[i] if side is None else side for i, side in enumerate((height, width)))
         for name, side in (("height", height), ("width", width)):
-            _check_integer(name, side, 1)
+            check_integer(name, side, 1)
             if side % self.factor:
                 lower = max(side // self.factor, 1) * self.factor
                 raise ValueError(
@@ -1054,14 +700,14 @@ class StableDiffusion:
         self._check_channels(shape[-1] + (0 if extra is None else extra.shape[-1]))
         controls, steering = self._controls(control, shape, len(table))
         negative_prompt = as_list("" if negative_prompt is None else negative_prompt, "negative_prompt")
-        batch_size = _count(batch_size, prompts=encoded_text, negative_prompts=negative_prompt, seeds=seed)
+        batch_size = count(batch_size, prompts=encoded_text, negative_prompts=negative_prompt, seeds=seed)
         if diffusion_noise is not None and (seed, *variation) != (None, None, None):
             raise ValueError(
                 "diffusion_noise and seed, varied or not, exclude each other: seed makes the noise; give one of them."
             )
         seed, start = _seeded_noise(seed, variation, batch_size, shape)
         if diffusion_noise is not None:
-            start = _check_noise(diffusion_noise, (batch_size, *shape))
+            start = check_noise(diffusion_noise, (batch_size, *shape))
         rows = len(table)
         contexts = (by_row(one, self._encode, num_steps or rows, rows) for one in (encoded_text, negative_prompt))
         contexts = padded(*contexts, self._encode, batch_size)
@@ -1138,20 +784,6 @@ class StableDiffusion:
         return make_table(name, scheduler, num_steps, guidance_scale=guidance_scale, **options)
 
 
-def _count(batch_size, **given):
-    """Number of pictures: `batch_size`, or, where that is 1, as many as there are prompts, encoded ones, or seeds."""
-    _check_integer("batch_size", batch_size, 1)
-    for name, value in given.items():
-        value = value(0) if callable(value) else value
-        count = len(value) if np.ndim(value) in (1, 3) else 1
-        if batch_size == 1:
-            batch_size = count
-        if count not in (1, batch_size):
-            name = name.replace("_", " ")
-            raise ValueError(f"batch_size is {batch_size}, but there are {count} {name}; give one, or as many.")
-    return batch_size
-
-
 def _steps(sampler, num_steps, strength):
     """Number of steps of a run, by which prompts are scheduled; None, which is that of its rows, for a table."""
     return None if isinstance(sampler, SamplerTable) else int(num_steps * strength)
@@ -1159,32 +791,17 @@ def _steps(sampler, num_steps, strength):
 
 def _seeded_noise(seed, variation, batch_size, shape):
     """The seeds as an integer or list, and the initial noise (batch_size, h, w, C), varied."""
-    seed = secrets.randbits(31) if seed is None else _check_seed("seed", seed)
+    seed = secrets.randbits(31) if seed is None else check_seed("seed", seed)
     variation_seed, strength = variation
     if strength is None:
         if variation_seed is not None:
             raise ValueError("variation_seed needs a variation_strength: how far to vary, 0 … 1.")
         return seed, initial_noise(seed, batch_size, shape)
-    _check_strength(strength, "variation_strength")
-    variation_seed = secrets.randbits(31) if variation_seed is None else _check_seed("variation_seed", variation_seed)
+    check_strength(strength, "variation_strength")
+    variation_seed = secrets.randbits(31) if variation_seed is None else check_seed("variation_seed", variation_seed)
     seed = [seed] * batch_size if isinstance(seed, int) else seed
     ends = (initial_noise(one, batch_size, shape) for one in (seed, variation_seed))
     return seed, np.stack([slerp(*pair, strength) for pair in zip(*ends)])
-
-
-def _check_seed(name, seed):
-    if np.ndim(seed) == 1:
-        return [_check_integer(name, one, 0) for one in seed]
-    return _check_integer(name, seed, 0)
-
-
-def _check_noise(noise, shape, name="diffusion_noise"):
-    given = np.shape(noise)
-    noise = np.asarray(noise, "float32")
-    noise = noise[None] if noise.ndim == 3 else noise
-    if noise.shape[1:] != shape[1:] or len(noise) not in (1, shape[0]):
-        raise ValueError(f"{name} must have shape {shape} or {shape[1:]}; got {given}.")
-    return np.repeat(noise, shape[0] // len(noise), axis=0)
 
 
 def _resized(latent, scale):
@@ -1199,26 +816,3 @@ def _scaled(pictures, image, scale):
     if size == pictures.shape[2:0:-1]:
         return pictures
     return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.LANCZOS)) for p in pictures])
-
-
-def _check_scale(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 1 < value < float("inf"):
-        raise ValueError(f"{name} must be a number above 1; got {value!r}.")
-    return value
-
-
-def _check_number(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not np.isfinite(value):
-        raise ValueError(f"{name} must be a finite number; got {value!r}.")
-
-
-def _check_strength(strength, name="strength"):
-    if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not 0 <= strength <= 1:
-        raise ValueError(f"{name} must be in [0, 1]; got {strength!r}.")
-    return strength
-
-
-def _check_integer(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
-    return int(value)
