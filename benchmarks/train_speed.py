@@ -28,15 +28,14 @@ def batch_of(args):
 
 def ours(args):
     """Seconds of each step of `DiffusionTrainer`."""
-    import keras
-
     from keras_sd import DiffusionModel, NoiseScheduler
+    from keras_sd.training.optimizers import AdamW
     from keras_sd.training.trainer import DiffusionTrainer
 
     policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[args.precision]
     model = DiffusionModel(block_out_channels=WIDTHS[args.width], dtype=policy)
     trainer = DiffusionTrainer(model, NoiseScheduler(), gradient_checkpointing=args.gradient_checkpointing)
-    trainer.compile(keras.optimizers.AdamW(1e-5, global_clipnorm=1.0))
+    trainer.compile(AdamW(1e-5, weight_decay=1e-2, epsilon=1e-8, global_clipnorm=1.0))
     batch = batch_of(args)
     return timed(args, lambda: float(trainer.train_on_batch(batch)))
 

@@ -49,9 +49,9 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 class GuardedOptimizer(keras.optimizers.Optimizer):
     """Around any Keras optimizer: it leaves out steps whose gradients are not finite, accumulates and averages.
 
-    It takes over `gradient_accumulation_steps`, `use_ema` and `ema_momentum` of the optimizer that it wraps, which
-    then sees whole updates alone: learning-rate schedules and averages advance once an update (in Keras itself once a
-    batch), and the weights are not overwritten by their averages when `fit` ends.
+    It takes over `global_clipnorm`, `gradient_accumulation_steps`, `use_ema` and `ema_momentum` of the optimizer that
+    it wraps, which then sees whole updates alone: learning-rate schedules and averages advance once an update (in Keras
+    itself once a batch), and the weights are not overwritten by their averages when `fit` ends.
 
     Args:
         inner_optimizer: a Keras optimizer, not yet built.
@@ -76,7 +76,9 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
         self.conditional = True
         self.accumulation_steps = inner_optimizer.gradient_accumulation_steps or 1
         self.momentum = inner_optimizer.ema_momentum if inner_optimizer.use_ema else None
+        self.max_norm = inner_optimizer.global_clipnorm
         inner_optimizer.gradient_accumulation_steps, inner_optimizer.use_ema = None, False
+        inner_optimizer.global_clipnorm = None
 
     def build(self, variables):
         self.inner_optimizer.build(variables)
@@ -115,10 +117,11 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             self.build(variables)
         grads = [None if g is None else ops.convert_to_tensor(g) for g in grads]  # also TensorFlow's sparse ones
-        finite = ops.all(ops.stack([ops.all(ops.isfinite(g)) for g in grads if g is not None]))
+        norm = _global_norm(grads)  # one pass tells whether to take the gradients, and how to clip them
+        finite = ops.isfinite(norm)
         self._iterations.assign_add(ops.cast(finite, self._iterations.dtype))
         if self.accumulation_steps == 1:
-            self._where(finite, lambda: self._update(grads, variables))
+            self._where(finite, lambda: self._update(grads, variables, norm))
             return
         sums = [self._sums[self._get_variable_index(v)] for v in variables]
         self._where(finite, lambda: self._accumulate(grads, sums))
@@ -132,11 +135,14 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
 
     def _update_from(self, sums, grads, variables):
         means = [None if g is None else ops.cast(s / self.accumulation_steps, g.dtype) for s, g in zip(sums, grads)]
-        self._update(means, variables)
+        self._update(means, variables, _global_norm(means))
         for total in sums:
             total.assign(ops.zeros(total.shape, "float32"))
 
-    def _update(self, grads, variables):
+    def _update(self, grads, variables, norm):
+        if self.max_norm:
+            scale = self.max_norm / ops.maximum(norm, self.max_norm)
+            grads = [None if g is None else g * ops.cast(scale, g.dtype) for g in grads]
         self.inner_optimizer.apply(grads, variables)
         if self.averages is None:
             return
@@ -169,6 +175,7 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
     def get_config(self):
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)
         inner["config"].update(
+            global_clipnorm=self.max_norm,
             gradient_accumulation_steps=self.accumulation_steps if self.accumulation_steps > 1 else None,
             use_ema=self.momentum is not None,
         )
@@ -178,6 +185,11 @@ class GuardedOptimizer(keras.optimizers.Optimizer):
     def from_config(cls, config, custom_objects=None):
         inner = keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects)
         return cls(**{**config, "inner_optimizer": inner})
+
+
+def _global_norm(grads):
+    squares = [ops.sum(ops.square(ops.cast(g, "float32"))) for g in grads if g is not None]
+    return ops.sqrt(ops.sum(ops.stack(squares)))
 
 
 def _slot(optimizer, variable, name, shape, dtype="float32", **kwargs):
@@ -201,7 +213,17 @@ class AdamW(keras.optimizers.AdamW):
         gradient = ops.cast(gradient, variable.dtype)
         self.assign_add(momentum, (gradient - momentum) * (1.0 - self.beta_1))
         self.assign_add(velocity, (ops.square(gradient) - velocity) * (1.0 - self.beta_2))
-        self.assign_sub(variable, self._change(momentum, ops.sqrt(velocity), learning_rate))
+        self._descend(variable, self._change(momentum, ops.sqrt(velocity), learning_rate), learning_rate)
+
+    def _apply_weight_decay(self, variables):
+        """Nothing: `_descend` does it, which saves two passes over the weights."""
+
+    def _descend(self, variable, change, learning_rate):
+        if self.weight_decay and self._use_weight_decay(variable):
+            kept = 1.0 - ops.cast(learning_rate, "float32") * self.weight_decay
+            self.assign(variable, variable * ops.cast(kept, variable.dtype) - change)
+        else:
+            self.assign_sub(variable, change)
 
     def _change(self, momentum, root, learning_rate):
         step = ops.cast(self.iterations + 1, "float32")
@@ -315,7 +337,7 @@ class AdamW8bit(AdamW):
         momentum = momentum + (1.0 - self.beta_1) * (gradient - momentum)
         root = ops.sqrt(self.beta_2 * ops.square(root) + (1.0 - self.beta_2) * ops.square(gradient))
         change = ops.reshape(self._change(momentum, root, learning_rate), (-1,))[:size]
-        self.assign_sub(variable, ops.cast(ops.reshape(change, variable.shape), variable.dtype))
+        self._descend(variable, ops.cast(ops.reshape(change, variable.shape), variable.dtype), learning_rate)
         for signed, new, codes, scales in zip((True, False), (momentum, root), self._codes[i], self._scales[i]):
             scale = ops.max(ops.abs(new), axis=-1, keepdims=True)
             numbers = dynamic_map(signed)
