@@ -444,7 +444,7 @@ def trained(tiny, tmp_path_factory):
     assert sd.add_lora(rank=4, alpha=6, targets=tuple(TARGETS), text_encoder=True) == len(layers)
     assert_close(draw(sd), plain)  # what is new has no effect
     with pytest.raises(ValueError, match="fuse_lora"):
-        sd.save_preset("nowhere")
+        sd.save_preset(folder / "preset")
     random = np.random.default_rng(0)
     for model in (sd.diffusion_model, sd.text_encoder):
         for variable in model.trainable_variables:
