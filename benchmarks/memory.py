@@ -8,11 +8,12 @@ The cases with `low_memory` read their models from `runs/full_size`, which is wr
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 
 import numpy as np
+
+from keras_sd.training.watching import peak_memory
 
 
 def picture(**options):
@@ -81,7 +82,7 @@ def main():
     args = parser.parse_args()
     if args.case is not None:
         CASES[args.case][1]()
-        return print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2))
+        return print(round(peak_memory() / 1e9, 2))
     run("benchmarks.full_size")
     print("| what | peak GB |\n|---|---|")
     for name, (description, _) in CASES.items():

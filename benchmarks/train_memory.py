@@ -8,11 +8,12 @@ Two steps on cached latents and contexts, as `finetune.py` takes them, with grad
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 
 import numpy as np
+
+from keras_sd.training.watching import peak_memory
 
 CASES = {  # what is said of it, side in pixels, precision, LoRA rank, optimizer, EMA
     "lora_512": ("LoRA of rank 8, 512×512, bfloat16, AdamW", 512, "bfloat16", 8, "adamw", False),
@@ -55,7 +56,7 @@ def main():
     args = parser.parse_args()
     if args.case is not None:
         train(*CASES[args.case])
-        return print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2))
+        return print(round(peak_memory() / 1e9, 2))
     print("| what is trained | peak GB |\n|---|---|")
     for name, (description, *_) in CASES.items():
         command = [sys.executable, "-m", "benchmarks.train_memory", name]

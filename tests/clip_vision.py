@@ -27,6 +27,7 @@ def randomized(model, seed=0):
 
 def write_image_encoder(folder, **changes):
     """A `CLIPVisionModelWithProjection`; returns the model."""
+    torch.manual_seed(0)
     model = randomized(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION | changes)))
     model.save_pretrained(folder)
     return model
@@ -34,6 +35,7 @@ def write_image_encoder(folder, **changes):
 
 def write_safety_checker(folder, threshold=0.1, special=0.1):
     """`safety_checker/` and `feature_extractor/` in a folder, with thresholds around a number; returns both."""
+    torch.manual_seed(0)
     config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)
     checker = randomized(StableDiffusionSafetyChecker(config))
     with torch.no_grad():

@@ -1,6 +1,15 @@
 """Fixtures: the checkpoints of `checkpoints.py`, written once a session."""
 
+import gc
+
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_given_back():
+    """Models and their compiled functions refer to each other: Python would keep those of many files."""
+    yield
+    gc.collect()
 
 
 def _checkpoint(name):

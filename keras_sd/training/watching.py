@@ -3,6 +3,7 @@
 import io
 import math
 import pathlib
+import re
 import resource
 import sys
 import time
@@ -34,6 +35,9 @@ def peak_memory():
 
         if tf.config.list_physical_devices("GPU"):
             return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    status = pathlib.Path("/proc/self/status")  # Linux; there getrusage's figure may be that of the parent process
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(peak[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
