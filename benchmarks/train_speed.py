@@ -87,7 +87,7 @@ def main():
     parser.add_argument("--width", choices=WIDTHS, default="half", help="of the U-Net (default half SD v1's)")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures in pixels (default 256)")
     parser.add_argument("--batch-size", type=int, default=2, help="pictures in a batch (default 2)")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="of the computation")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default float32")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again")
     parser.add_argument("--steps", type=int, default=5, help="steps of each run (default 5)")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs (default 3)")
