@@ -7,12 +7,10 @@ Two steps on cached latents and contexts, as `finetune.py` takes them, with grad
 """
 
 import argparse
-import os
-import subprocess
-import sys
 
 import numpy as np
 
+from benchmarks.memory import run
 from keras_sd.training.watching import peak_memory
 
 CASES = {  # what is said of it, side in pixels, precision, LoRA rank, optimizer, EMA
@@ -59,10 +57,7 @@ def main():
         return print(round(peak_memory() / 1e9, 2))
     print("| what is trained | peak GB |\n|---|---|")
     for name, (description, *_) in CASES.items():
-        command = [sys.executable, "-m", "benchmarks.train_memory", name]
-        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-        print(f"| {description} | {output.split()[-1]} |", flush=True)
+        print(f"| {description} | {run('benchmarks.train_memory', name).split()[-1]} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from test_trainer import ROOT, SCHEDULER
-from train_steps import batch
+from train_steps import batch, small_unet
 
 import finetune
 from keras_sd import ControlNet, NoiseScheduler, StableDiffusion, canny, load_control_net
-from keras_sd.models import DiffusionModel
 from keras_sd.training.batches import Pictures, batches
 from keras_sd.training.control_net import ControlNetTrainer
 from keras_sd.training.dataset import CaptionedImages
@@ -94,15 +93,7 @@ assert len(own) == len(net.variables) and not own & others
 
 
 def test_mixed_precision_and_gradient_checkpointing():
-    model = DiffusionModel(
-        block_out_channels=(8,),
-        layers_per_block=1,
-        attention_levels=(True,),
-        num_attention_heads=2,
-        cross_attention_dim=8,
-        norm_num_groups=4,
-        dtype="mixed_float16",
-    )
+    model = small_unet("mixed_float16")
     net = ControlNet.from_diffusion_model(model, conditioning_embedding_out_channels=(4, 4, 4, 4))
     trainer = ControlNetTrainer(model, NoiseScheduler(), control_net=net, gradient_checkpointing=True)
     assert net.gradient_checkpointing and model.gradient_checkpointing

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_sd.models.diffusion_model import DiffusionModel, embed_time, layer_makers, per_level, way_down
+from keras_sd.models.network import Network
 
 SHARED = (  # arguments that it has in common with the U-Net that it is for
     "in_channels",
@@ -19,7 +20,7 @@ ZERO = "controlnet_cond_embedding.conv_out", "controlnet_down_blocks", "controln
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
-class ControlNet(keras.Model):
+class ControlNet(Network):
     """A copy of the U-Net's way down that sees a picture besides and tells the U-Net what to add to its skip
     connections. Fully convolutional; defaults are those of SD v1. Untrained, it adds nothing.
 
@@ -134,10 +135,3 @@ class ControlNet(keras.Model):
     def factor(self):
         """Pixels of the picture per latent position, in height and width."""
         return 2 ** (len(self.arguments["conditioning_embedding_out_channels"]) - 1)
-
-    def get_config(self):
-        return dict(self.arguments)
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)

@@ -5,10 +5,11 @@ from keras import ops
 
 from keras_sd.layers import GroupNorm, ResnetBlock, Upsample
 from keras_sd.models.autoencoder import middle
+from keras_sd.models.network import Network
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
-class Decoder(keras.Model):
+class Decoder(Network):
     """Decodes latents to pictures. Fully convolutional; defaults are those of SD v1 and v2.
 
     Args:
@@ -63,10 +64,3 @@ class Decoder(keras.Model):
 
         # === Config ===
         self.arguments = arguments
-
-    def get_config(self):
-        return dict(self.arguments)
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)

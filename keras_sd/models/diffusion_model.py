@@ -4,10 +4,11 @@ import keras
 from keras import ops
 
 from keras_sd.layers import Downsample, GroupNorm, ResnetBlock, SpatialTransformer, Upsample
+from keras_sd.models.network import Network
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
-class DiffusionModel(keras.Model):
+class DiffusionModel(Network):
     """U-Net with cross-attention to the text. Fully convolutional; defaults are those of SD v1.
 
     SD v2 differs in `num_attention_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True`, the
@@ -132,13 +133,6 @@ class DiffusionModel(keras.Model):
 
     def _blocks(self):
         return [layer for layer in self.layers if isinstance(layer, (ResnetBlock, SpatialTransformer))]
-
-    def get_config(self):
-        return dict(self.arguments)
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)
 
 
 def layer_makers(widths, num_attention_heads, use_linear_projection, norm_num_groups, dtype):

@@ -5,10 +5,11 @@ from keras import ops
 
 from keras_sd.layers import Downsample, GroupNorm, ResnetBlock
 from keras_sd.models.autoencoder import middle
+from keras_sd.models.network import Network
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
-class ImageEncoder(keras.Model):
+class ImageEncoder(Network):
     """Encodes pictures as latents. Fully convolutional; defaults are those of SD v1 and v2.
 
     Args:
@@ -71,10 +72,3 @@ class ImageEncoder(keras.Model):
         """A model with the same layers: image → (unscaled mean, log-variance), each (B, H/8, W/8, latent_channels)."""
         mean, log_variance = ops.split(self._moments, 2, axis=-1)
         return keras.Model(self.input, (mean, ops.clip(log_variance, -30.0, 20.0)))
-
-    def get_config(self):
-        return dict(self.arguments)
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)

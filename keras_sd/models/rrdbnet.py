@@ -5,11 +5,13 @@ import itertools
 import keras
 from keras import ops
 
+from keras_sd.models.network import Network
+
 UNSHUFFLE = {4: 1, 2: 2, 1: 4}  # scale → by how much the picture shrinks first, before the network enlarges it by 4
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
-class RRDBNet(keras.Model):
+class RRDBNet(Network):
     """Residual-in-residual dense blocks: enlarges pictures. Fully convolutional; defaults are RealESRGAN_x4plus.
 
     The body works at one size and the end doubles it twice; for a scale of 2 or 1 the picture comes in at a half or a
@@ -82,13 +84,6 @@ class RRDBNet(keras.Model):
 
         # === Config ===
         self.arguments = arguments
-
-    def get_config(self):
-        return dict(self.arguments)
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)
 
 
 def pixel_unshuffle(x, factor):

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd.layers import Attention
+from keras_sd.models.network import Network
 
 
 def quick_gelu(x):
@@ -16,7 +17,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: ops.gelu(x, approxima
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
-class TextEncoder(keras.Model):
+class TextEncoder(Network):
     """CLIP's text transformer: tokens → one context vector per token. Defaults are those of SD v1.
 
     SD v2 differs in `hidden_size=1024, num_hidden_layers=23, num_attention_heads=16, intermediate_size=4096,
@@ -101,13 +102,6 @@ class TextEncoder(keras.Model):
             further = new.shape[0] - old.shape[0]
             new.assign(np.concatenate([value, vectors.astype(value.dtype)]) if further else value)
         return model
-
-    def get_config(self):
-        return dict(self.arguments)
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")

@@ -3,11 +3,12 @@
 import keras
 from keras import ops
 
+from keras_sd.models.network import Network
 from keras_sd.models.text_encoder import ACTIVATIONS, EncoderLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
-class VisionEncoder(keras.Model):
+class VisionEncoder(Network):
     """CLIP's vision transformer: a picture → one vector. Defaults are those of ViT-L/14.
 
     Args:
@@ -73,13 +74,6 @@ class VisionEncoder(keras.Model):
 
         # === Config ===
         self.arguments = arguments
-
-    def get_config(self):
-        return dict(self.arguments)
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")

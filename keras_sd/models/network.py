@@ -1,0 +1,14 @@
+"""What the networks have in common."""
+
+import keras
+
+
+class Network(keras.Model):
+    """A functional model that is made again from `arguments`, those of its constructor with their defaults."""
+
+    def get_config(self):
+        return dict(self.arguments)
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
