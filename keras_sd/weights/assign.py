@@ -4,7 +4,14 @@ The variable `down_blocks.0.resnets.1/conv1/kernel` is the key `down_blocks.0.re
 kernels are transposed from (height, width, in, out) to (out, in, height, width), dense kernels from (in, out).
 """
 
+import contextlib
+
+import keras
 import numpy as np
+from keras import ops
+from keras.src.backend.common import global_state
+
+from keras_sd.weights.files import let_go
 
 SUFFIXES = {"kernel": "weight", "gamma": "weight", "embeddings": "weight", "beta": "bias", "bias": "bias"}
 
@@ -15,6 +22,20 @@ def state_dict_key(variable):
     if suffix.startswith("lora_"):
         raise ValueError(f"The format holds no LoRA factors ({variable.path}): fuse_lora() or unload_lora() first.")
     return ".".join([*layers, SUFFIXES[suffix]])
+
+
+@contextlib.contextmanager
+def without_values():
+    """Models made in this block have variables without values, which `assign_state_dict` then gives them: what a file
+    overwrites is not drawn at random first."""
+    pending = "uninitialized_variables"  # Keras' list of those that it is going to initialize; ours do not join it
+    earlier = global_state.get_global_attribute(pending, [])
+    global_state.set_global_attribute(pending, [])
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(pending, earlier)
 
 
 def from_torch_layout(array):
@@ -50,7 +71,25 @@ def assign_state_dict(model, arrays, source):
             expected = to_torch_layout(np.broadcast_to(0, variables[key].shape)).shape
             raise ValueError(f"{source}: {key} has shape {arrays[key].shape}; the {model.name} needs {expected}.")
     for key, value in values.items():
-        variables[key].assign(value)
+        set_value(variables[key], value)
+        let_go(arrays[key])
+
+
+def set_value(variable, array):
+    """Assigns a NumPy array, or makes it the first value of a variable without one."""
+    if keras.backend.backend() == "openvino":
+        value = np.ascontiguousarray(array)
+    else:  # transposes of NumPy take eight times as long as the backend's
+        axes = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+        stored = array.transpose(axes)  # as it lies in the file
+        value = ops.convert_to_tensor(stored if array.ndim > 1 else stored.copy())
+        value = value if axes == sorted(axes) else ops.transpose(value, [axes.index(i) for i in range(array.ndim)])
+        value = ops.cast(value, variable.dtype)
+    if getattr(variable, "_value", variable) is None:
+        variable._initialize(value)
+        variable._initializer = None
+    else:
+        variable.assign(value)
 
 
 def to_state_dict(model):

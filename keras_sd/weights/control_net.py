@@ -16,7 +16,7 @@ import re
 
 from keras_sd.models import ControlNet
 from keras_sd.presets import locate_model
-from keras_sd.weights.assign import assign_state_dict, to_state_dict
+from keras_sd.weights.assign import assign_state_dict, to_state_dict, without_values
 from keras_sd.weights.diffusers_folder import (
     WEIGHT_FILES,
     diffusion_model_arguments,
@@ -63,7 +63,8 @@ def load_control_net(path, dtype=None):
         beside = read_json(path.parent / "config.json")
         config = beside if beside.get("_class_name") == "ControlNetModel" else None
     arguments = control_net_arguments(config_of(arrays, source) if config is None else config)
-    net = ControlNet(**arguments, dtype=dtype)
+    with without_values():
+        net = ControlNet(**arguments, dtype=dtype)
     assign_state_dict(net, unet_state_dict(arrays, arguments["use_linear_projection"]), source)
     return net
 

@@ -9,7 +9,7 @@ import re
 import shutil
 
 from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
-from keras_sd.weights.assign import assign_state_dict, to_state_dict
+from keras_sd.weights.assign import assign_state_dict, to_state_dict, without_values
 from keras_sd.weights.files import atomic_file, read_arrays, read_json, write_json, write_safetensors
 
 COMPONENTS = ("text_encoder", "unet", "vae")
@@ -291,14 +291,16 @@ def weight_file(folder, names, variant=None):
 
 def build_text_encoder(config, arrays, source, dtype=None):
     """A `TextEncoder` with the given weights."""
-    model = TextEncoder(**text_encoder_arguments(config), dtype=dtype)
+    with without_values():
+        model = TextEncoder(**text_encoder_arguments(config), dtype=dtype)
     assign_state_dict(model, text_encoder_state_dict(arrays), source)
     return model
 
 
 def build_diffusion_model(config, arrays, source, dtype=None):
     """A `DiffusionModel` with the given weights."""
-    model = DiffusionModel(**diffusion_model_arguments(config), dtype=dtype)
+    with without_values():
+        model = DiffusionModel(**diffusion_model_arguments(config), dtype=dtype)
     assign_state_dict(model, unet_state_dict(arrays, model.arguments["use_linear_projection"]), source)
     return model
 
@@ -314,7 +316,8 @@ def build_decoder(config, arrays, source, dtype=None):
 
 
 def _build_half(cls, encoder, config, arrays, source, dtype):
-    model = cls(**autoencoder_arguments(config), dtype=dtype)
+    with without_values():
+        model = cls(**autoencoder_arguments(config), dtype=dtype)
     halves = {key: array for key, array in vae_state_dict(arrays).items() if is_encoder_key(key) == encoder}
     assign_state_dict(model, halves, source)
     return model

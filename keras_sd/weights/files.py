@@ -5,6 +5,7 @@ memory until its values are used. Treat them as read-only.
 """
 
 import json
+import mmap
 import os
 import pickletools
 import re
@@ -129,6 +130,18 @@ def _read_safetensors(path):
         values = data[start + begin : start + end].view(SAFETENSORS_DTYPES[tensor["dtype"]])
         arrays[name] = values.reshape(tensor["shape"])
     return arrays
+
+
+def let_go(array):
+    """Gives back the memory that a file's array has taken by being read; it is read again where it is used again."""
+    mapped = array
+    while isinstance(mapped, np.ndarray):
+        mapped = mapped.base
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        start = array.__array_interface__["data"][0] - np.frombuffer(mapped, "uint8").__array_interface__["data"][0]
+        first, end = -(-start // mmap.PAGESIZE), (start + array.nbytes) // mmap.PAGESIZE
+        if end > first:
+            mapped.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE)
 
 
 def read_metadata(path):

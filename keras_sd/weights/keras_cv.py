@@ -21,6 +21,7 @@ import h5py
 import numpy as np
 
 from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
+from keras_sd.weights.assign import set_value, without_values
 from keras_sd.weights.files import atomic_file
 
 # KerasCV's layer → {path inside our layer: path inside theirs}, in the order of the published files.
@@ -344,7 +345,8 @@ def build_from_keras_cv(path, dtype=None, **arguments):
         cls, widths = _class_and_widths(layers, arrays)
     except (IndexError, ValueError):
         raise ValueError(f"{str(path)!r} is not in the layout of a KerasCV model: a layer lacks arrays.") from None
-    model = cls(**{**widths, **read_metadata(path).get("arguments", {}), **arguments}, dtype=dtype)
+    with without_values():
+        model = cls(**{**widths, **read_metadata(path).get("arguments", {}), **arguments}, dtype=dtype)
     _assign(model, layers, arrays, str(path))
     return model
 
@@ -413,7 +415,7 @@ def _assign(model, layers, arrays, source):
                 raise ValueError(f"{source}: {variable.path} needs shape {tuple(variable.shape)}; got {array.shape}.")
             values.append((variable, array))
     for variable, array in values:
-        variable.assign(array)
+        set_value(variable, array)
 
 
 def _layers_of(model):

@@ -8,7 +8,7 @@ names), of ESRGAN (`RRDB_trunk.0.RDB1.conv1`), and those of 2018, which the comm
 import re
 
 from keras_sd.models.rrdbnet import UNSHUFFLE, RRDBNet
-from keras_sd.weights.assign import assign_state_dict
+from keras_sd.weights.assign import assign_state_dict, without_values
 from keras_sd.weights.files import read_arrays
 
 # Older names → those of Real-ESRGAN. In `model.1.sub` the convolution after the blocks has no `RDB`.
@@ -64,7 +64,8 @@ def read_rrdbnet(path, dtype=None):
         ValueError: the file is damaged or holds another network; nothing in it is executed.
     """
     arrays = rrdbnet_state_dict(read_arrays(path))
-    model = RRDBNet(**rrdbnet_arguments(arrays, repr(str(path))), dtype=dtype)
+    with without_values():
+        model = RRDBNet(**rrdbnet_arguments(arrays, repr(str(path))), dtype=dtype)
     assign_state_dict(model, arrays, repr(str(path)))
     return model
 

@@ -7,7 +7,7 @@ Reference: the configs and state dicts of transformers 5 (`CLIPVisionModelWithPr
 import re
 
 from keras_sd.models.vision_encoder import VisionEncoder
-from keras_sd.weights.assign import assign_state_dict
+from keras_sd.weights.assign import assign_state_dict, without_values
 from keras_sd.weights.diffusers_folder import WEIGHT_FILES, weight_file
 from keras_sd.weights.files import read_arrays, read_json
 
@@ -63,6 +63,7 @@ def read_vision_folder(folder):
 
 def build_vision_encoder(config, arrays, source, dtype=None):
     """A `VisionEncoder` with the given weights."""
-    model = VisionEncoder(**vision_encoder_arguments(config), dtype=dtype)
+    with without_values():
+        model = VisionEncoder(**vision_encoder_arguments(config), dtype=dtype)
     assign_state_dict(model, arrays, source)
     return model
