@@ -37,7 +37,8 @@ def plain_attention(query, key, value):
 )
 @pytest.mark.parametrize("xla", [False, True])
 def test_chunked_attention_equals_plain_attention(rows, sizes, xla, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_SCORES", rows * 2 * 3 * KEYS)
+    monkeypatch.setattr(attention, "MAX_SCORES", rows * KEYS)
+    monkeypatch.setattr(attention, "MAX_HEADS", 2)
     batch, queries, keys = sizes
     specs = [tf.TensorSpec((batch, n, 3, 8)) for n in (queries, keys, keys)]
     function = tf.function(attention.dot_product_attention, specs, jit_compile=xla, autograph=False)
@@ -57,39 +58,44 @@ def test_gradients_go_through_chunks(queries, xla, monkeypatch):
         return tape.gradient(loss, inputs)
 
     expected = gradient(*map(tf.constant, given))
-    monkeypatch.setattr(attention, "MAX_SCORES", 7 * 2 * 3 * KEYS)
+    monkeypatch.setattr(attention, "MAX_SCORES", 7 * KEYS)
     specs = [tf.TensorSpec((2, n, 3, 8)) for n in (queries, KEYS, KEYS)]
     for ours, theirs in zip(tf.function(gradient, specs, jit_compile=xla, autograph=False)(*given), expected):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_no_tensor_is_larger_than_the_limit_and_chunks_wait_for_each_other(monkeypatch):
-    limit = 10 * 2 * 3 * KEYS
+def test_no_tensor_is_larger_than_the_limit(monkeypatch):
+    limit = 10 * KEYS
     monkeypatch.setattr(attention, "MAX_SCORES", limit)
     specs = [tf.TensorSpec((2, n, 3, 8)) for n in (QUERIES, KEYS, KEYS)]
-    graph = tf.function(attention.dot_product_attention, autograph=False).get_concrete_function(*specs).graph
-    softmaxes = [op for op in graph.get_operations() if op.type == "Softmax"]
-    assert len(softmaxes) == 6 and all(math.prod(op.outputs[0].shape) <= limit + 2 * 3 * KEYS for op in softmaxes)
+    function = tf.function(attention.dot_product_attention, autograph=False).get_concrete_function(*specs)
+    loops = [op for op in function.graph.get_operations() if op.type in ("While", "StatelessWhile")]
+    assert len(loops) == 1 and loops[0].get_attr("parallel_iterations") <= 10
+    bodies = [f for f in function.graph._functions.values() if "body" in f.name.decode()]
+    softmaxes = [op for body in bodies for op in body.graph.get_operations() if op.type == "Softmax"]
+    assert len(softmaxes) == 1 and math.prod(softmaxes[0].outputs[0].shape) <= limit
 
-    def before(op):
-        """The operations that an operation waits for."""
-        found, todo = set(), [op]
-        while todo:
-            new = {x.op for x in todo.pop().inputs} - found
-            found |= new
-            todo += new
-        return found
 
-    assert [len(before(op).intersection(softmaxes)) for op in softmaxes] == list(range(6))
+@pytest.mark.parametrize(
+    "policy, expected",
+    [("bfloat16", "bfloat16"), ("float16", "float32"), ("mixed_bfloat16", "float32"), ("mixed_float16", "float32")],
+)
+def test_softmax_is_float32_inside_in_half_precision(policy, expected, monkeypatch):
+    seen, softmax = [], keras.ops.softmax
+    monkeypatch.setattr(attention.ops, "softmax", lambda x, axis: (seen.append(x.dtype), softmax(x, axis=axis))[1])
+    layer = attention.Attention(24, 3, dtype=policy)
+    layer(tf.zeros((2, QUERIES, 24)))
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_softmax_is_float32_in_half_precision(dtype, monkeypatch):
-    given, seen, softmax = tensors(), [], keras.ops.softmax
-    monkeypatch.setattr(attention.ops, "softmax", lambda x, axis: (seen.append(x.dtype), softmax(x, axis=axis))[1])
-    drawn = attention.dot_product_attention(*(keras.ops.convert_to_tensor(x, dtype) for x in given))
-    assert drawn.dtype == dtype and seen == ["float32"]
-    np.testing.assert_allclose(tf.cast(drawn, "float32"), plain_attention(*given), rtol=0, atol=0.05)
+def test_attention_in_half_precision(dtype):
+    given = tensors()
+    halves = [keras.ops.convert_to_tensor(x, dtype) for x in given]
+    for softmax_dtype in ("float32", dtype):
+        drawn = attention.dot_product_attention(*halves, softmax_dtype=softmax_dtype)
+        assert drawn.dtype == dtype
+        np.testing.assert_allclose(tf.cast(drawn, "float32"), plain_attention(*given), rtol=0, atol=0.05)
 
 
 # === The autoencoder in bands ===

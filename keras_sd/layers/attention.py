@@ -8,22 +8,24 @@ from keras import ops
 from keras_sd.layers.group_norm import GroupNorm
 from keras_sd.layers.recompute import maybe_recomputed
 
-# The most scores that are held at once: 4096 queries × 4096 keys × 16 heads would be 1 GB in float32, these are 134 MB.
-MAX_SCORES = 2**25
+# Scores of one head that are computed at once: 2²¹ in bfloat16 are 4 MB, which the cache holds, so that they never
+# travel to memory (Dao et al., 2022, arXiv 2205.14135, have that idea for GPUs).
+MAX_SCORES = 2**21
+MAX_HEADS = 16  # of a batch, that many scores of each of which are computed at once where they have no more
 
 
-def dot_product_attention(query, key, value, is_causal=False):
-    """Scaled dot-product attention, softmax in float32.
+def dot_product_attention(query, key, value, is_causal=False, softmax_dtype="float32"):
+    """Scaled dot-product attention.
 
-    The fused kernels that Keras exposes on JAX and torch are used where they can be. Elsewhere the queries are taken in
-    chunks once the score matrix would hold more than `MAX_SCORES` numbers (Rabe & Staats, 2021, arXiv 2112.05682; here
-    only the queries are split, so that the softmax stays exact). A batch of unknown size counts as one, unless the
-    picture's size is unknown as well.
+    The fused kernels that Keras exposes on JAX, torch and OpenVINO are used where they can be. Elsewhere, once there are
+    too many scores, heads are taken one after the other, and the queries of each in chunks (Rabe &
+    Staats, 2021, arXiv 2112.05682; here only the queries are split, so that the softmax stays exact).
 
     Args:
         query: (B, N, heads, head_dim).
         key, value: (B, M, heads, head_dim).
         is_causal: position i sees positions 0 … i only; never chunked.
+        softmax_dtype: dtype of the softmax's input and output.
 
     Returns:
         (B, N, heads, head_dim), in the dtype of `query`.
@@ -33,16 +35,21 @@ def dot_product_attention(query, key, value, is_causal=False):
     attended = _fused(query, key, value, is_causal)
     if attended is not None:
         return attended
-    query, key, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
     query = query * ops.cast(1 / math.sqrt(query.shape[-1]), query.dtype)
-    key = ops.transpose(key, (0, 1, 3, 2))
-    attended = _attend(query, key, value, True) if is_causal else _attend_in_chunks(query, key, value)
+    query, key, value = (ops.transpose(x, axes) for x, axes in zip((query, key, value), (BHND, BHDN, BHND)))
+    if is_causal or _fits(query, key):
+        attended = _attend(query, key, value, softmax_dtype, is_causal)
+    else:
+        attended = _attend_in_chunks(query, key, value, softmax_dtype)
     return ops.transpose(attended, (0, 2, 1, 3))
+
+
+BHND, BHDN = (0, 2, 1, 3), (0, 2, 3, 1)  # from (B, N, heads, head_dim)
 
 
 def _fused(query, key, value, is_causal):
     """The backend's own kernel, which never holds the scores; None where it has none for these tensors."""
-    if keras.backend.backend() == "torch":
+    if keras.backend.backend() in ("torch", "openvino"):
         return ops.dot_product_attention(query, key, value, is_causal=is_causal)
     if keras.backend.backend() == "jax":
         try:
@@ -52,36 +59,40 @@ def _fused(query, key, value, is_causal):
     return None
 
 
-def _attend(query, key, value, is_causal=False):
-    scores = ops.cast(ops.matmul(query, key), "float32")
+def _fits(query, key):
+    """Whether all scores are computed at once; a batch of unknown size counts as one."""
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[3]
+    if None in (queries, keys):
+        return False
+    return queries * keys <= MAX_SCORES and (batch or 1) * heads * queries * keys <= MAX_HEADS * MAX_SCORES
+
+
+def _attend(query, key, value, softmax_dtype, is_causal=False):
+    scores = ops.cast(ops.matmul(query, key), softmax_dtype)
     if is_causal:
         positions = ops.arange(scores.shape[-1])
-        scores = ops.where(positions[None, :] > positions[:, None], -1e9, scores)
+        scores = ops.where(positions[None, :] > positions[:, None], ops.cast(-1e9, softmax_dtype), scores)
     return ops.matmul(ops.cast(ops.softmax(scores, axis=-1), value.dtype), value)
 
 
-def _attend_in_chunks(query, key, value):
+def _attend_in_chunks(query, key, value, softmax_dtype):
     """query (B, heads, N, d), scaled; key (B, heads, d, M); value (B, heads, M, d) → (B, heads, N, d)."""
-    known = None not in (query.shape[2], key.shape[3])
-    (batch, heads, queries, _), keys = (query.shape, key.shape[3]) if known else (ops.shape(query), ops.shape(key)[3])
-    size = MAX_SCORES // ((1 if batch is None else batch) * heads * keys) + 1
-    if known and size >= queries:
-        return _attend(query, key, value)
-    count = -(-queries // size)
-    size = -(-queries // count)  # of all chunks alike: the last one is filled up
+    (heads, dim), (queries, keys) = (query.shape[1], query.shape[3]), (query.shape[2], key.shape[3])
+    if None in (queries, keys):
+        queries, keys = ops.shape(query)[2], ops.shape(key)[3]
+    chunks = queries * keys // MAX_SCORES + 1
+    size = -(-queries // chunks)  # of all chunks alike: the last one is filled up
+    filled = ops.concatenate([query, query[:, :, : chunks * size - queries]], axis=2)
+    pieces = ops.reshape(filled, (-1, size, dim))
+    key, value = ops.reshape(key, (-1, dim, keys)), ops.reshape(value, (-1, keys, dim))
 
-    # A queue: chunks leave at the front, results join at the end. So each waits for the one before; side by side, on a
-    # machine of many cores, they would hold all scores at once.
-    def step(i, queue):
-        return i + 1, ops.concatenate([queue[:, :, size:], _attend(queue[:, :, :size], key, value)], axis=2)
+    def attend(piece):
+        query, i = piece
+        return _attend(query, key[i // chunks], value[i // chunks], softmax_dtype)
 
-    queue = ops.concatenate([query, query[:, :, : count * size - queries]], axis=2)
-    if known:
-        for i in range(count):
-            _, queue = step(i, queue)
-    else:  # the maximum is what XLA needs for gradients
-        _, queue = ops.while_loop(lambda i, _: i < count, step, (0, queue), maximum_iterations=count)
-    return queue[:, :, :queries]
+    attended = ops.map(attend, (pieces, ops.arange(ops.shape(pieces)[0])))
+    return ops.reshape(attended, (-1, heads, chunks * size, dim))[:, :, :queries]
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
@@ -134,10 +145,16 @@ class Attention(keras.layers.Layer):
         query, key, value = (
             self._split(f(y)) for f, y in ((self.query, x), (self.key, context), (self.value, context))
         )
-        attended = dot_product_attention(query, key, value, self.is_causal)
+        attended = dot_product_attention(query, key, value, self.is_causal, self._softmax_dtype())
         if self.beside is not None:
             attended = attended + self.beside(query)
         return self.output_projection(ops.reshape(attended, (-1, *self._length(x), self.dim)))
+
+    def _softmax_dtype(self):
+        # TensorFlow's softmax of bfloat16 computes in float32 inside; its gradient does not, and weights that are
+        # trained are not in bfloat16.
+        wide = keras.backend.backend() != "tensorflow" or self.variable_dtype != "bfloat16"
+        return "float32" if wide else "bfloat16"
 
     def _split(self, x):
         return ops.reshape(x, (-1, *self._length(x), self.num_heads, self.dim // self.num_heads))
@@ -166,6 +183,8 @@ class GEGLU(keras.layers.Layer):
 
     def call(self, x):
         value, gate = ops.split(self.proj(x), 2, axis=-1)
+        if keras.backend.backend() == "tensorflow":  # whose error function is four times as slow in bfloat16
+            return value * ops.cast(ops.gelu(ops.cast(gate, "float32"), approximate=False), value.dtype)
         return value * ops.gelu(gate, approximate=False)
 
 
