@@ -8,11 +8,12 @@ from keras import ops
 from tqdm.auto import tqdm
 
 from keras_sd.layers import timestep_embedding
+from keras_sd.layers.backend_fixes import FixedShapes
 from keras_sd.samplers import HISTORY
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
-class Denoiser(keras.Model):
+class Denoiser(FixedShapes, keras.Model):
     """One row of a `SamplerTable` as a Keras model, and `denoise`, which runs a whole table.
 
     Calling it executes one row for every item of a batch, each with a row of its own. `predict_on_batch` compiles the

@@ -2,6 +2,32 @@
 
 import keras
 
+
+class FixedShapes:
+    """Of a `keras.Model`: OpenVINO compiles it for the shapes that it is given, the batch size included.
+
+    Keras leaves the batch open, and so OpenVINO could not fuse the attentions. Elsewhere this changes nothing.
+    """
+
+    def _get_compiled_model(self, data):
+        import openvino
+        from keras.src.backend.openvino.core import OPENVINO_DTYPES, OpenVINOKerasTensor
+        from openvino import opset16
+
+        arrays = keras.tree.flatten(data)
+        shapes = [(array.shape, array.dtype) for array in arrays]
+        if self.ov_compiled_model is None or self.ov_input_shapes != shapes:
+            self.ov_compiled_model = None  # its memory goes before the next one's comes
+            nodes = [opset16.parameter(array.shape, OPENVINO_DTYPES[str(array.dtype)]) for array in arrays]
+            inputs = [OpenVINOKerasTensor(node.output(0)) for node in nodes]
+            self.struct_outputs = self(keras.tree.pack_sequence_as(data, inputs))
+            results = [opset16.result(output.output) for output in keras.tree.flatten(self.struct_outputs)]
+            self._n_main_outputs, self._output_mask_indices = len(results), {}
+            self.ov_compiled_model = openvino.compile_model(openvino.Model(results, nodes), "CPU")
+            self.ov_input_shapes = shapes
+        return self.ov_compiled_model
+
+
 if keras.backend.backend() == "torch":
     import torch
     from keras.src.backend.torch.layer import TorchLayer

@@ -2,8 +2,10 @@
 
 import keras
 
+from keras_sd.layers.backend_fixes import FixedShapes
 
-class Network(keras.Model):
+
+class Network(FixedShapes, keras.Model):
     """A functional model that is made again from `arguments`, those of its constructor with their defaults."""
 
     def get_config(self):

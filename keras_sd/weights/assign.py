@@ -101,7 +101,9 @@ def _openvino_value(stored, order, dtype):
     bits = stored.view(f"uint{8 * stored.itemsize}")  # NumPy has no bfloat16 of its own
     tensor = openvino.Tensor(bits, openvino.Shape(stored.shape), OPENVINO_DTYPES[dtype])
     constant = opset16.constant(tensor, shared_memory=True)
-    return OpenVINOKerasTensor((constant if order == sorted(order) else opset16.transpose(constant, order)).output(0))
+    value = OpenVINOKerasTensor((constant if order == sorted(order) else opset16.transpose(constant, order)).output(0))
+    value.stored = bits  # OpenVINO does not keep it alive
+    return value
 
 
 def to_state_dict(model):
