@@ -48,21 +48,29 @@ def keras_sd(case, steps, backend, dtype):
     return timed(lambda tick: sd.text_to_image(PROMPT, callback=tick, **options))
 
 
-def diffusers(case, steps, dtype, channels_last=False, compiled=False):
-    """diffusers on torch."""
+def open_diffusers(preset, dtype, channels_last=True):
+    """diffusers' pipeline of a preset, with DDIM."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from keras_sd.presets import locate
 
-    batch_size, side, preset, _ = CASES[case]
     options = {"torch_dtype": getattr(torch, dtype), "safety_checker": None}
     pipe = StableDiffusionPipeline.from_pretrained(locate(preset), **options)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     if channels_last:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def diffusers(case, steps, dtype, channels_last=False, compiled=False):
+    """diffusers on torch."""
+    import torch
+
+    batch_size, side, preset, _ = CASES[case]
+    pipe = open_diffusers(preset, dtype, channels_last)
     if compiled:
         pipe.unet = torch.compile(pipe.unet)
     options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "num_images_per_prompt": batch_size}
@@ -93,6 +101,7 @@ def keras_cv(case, steps, dtype, backend="tensorflow", jit_compile=False):
     sd.decoder = decoder.Decoder(side, side, **models)
     for model in (sd.text_encoder, sd.diffusion_model, sd.decoder):
         model.compile(jit_compile=jit_compile)
+        model.predict_on_batch = functools.partial(_from_numpy, model.predict_on_batch)
     sd.tokenizer = argparse.Namespace(encode=lambda _: [49406, 736, 3055, 525, 320, 1746, 5994, 49407])
     predict, passes = sd.diffusion_model.predict_on_batch, itertools.count(1)
 
@@ -107,6 +116,13 @@ def keras_cv(case, steps, dtype, backend="tensorflow", jit_compile=False):
         sd.text_to_image(PROMPT, None, batch_size, steps, GUIDANCE, seed=0)
 
     return timed(draw)
+
+
+def _from_numpy(predict, inputs):
+    """OpenVINO's `predict_on_batch` takes arrays alone."""
+    import keras
+
+    return predict(keras.tree.map_structure(keras.ops.convert_to_numpy, inputs))
 
 
 OURS = {

@@ -11,6 +11,7 @@ import argparse
 import numpy as np
 
 from benchmarks.full_size import FOLDER, write_apart
+from benchmarks.inference import open_diffusers
 from benchmarks.paired import in_turn, peak_memory, process, ratios, spread
 
 
@@ -25,13 +26,7 @@ def picture(**options):
 
 def diffusers():
     """The same with diffusers."""
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.bfloat16, safety_checker=None)
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
-    pipe("an apple", num_inference_steps=2, output_type="np")
+    open_diffusers(FOLDER, "bfloat16")("an apple", num_inference_steps=2, output_type="np")
 
 
 def network(side, dtype="bfloat16", batch=1):

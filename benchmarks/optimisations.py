@@ -1,6 +1,6 @@
 """What each optimisation gains, with it and without it in turn: `python -m benchmarks.optimisations`
 
-SD v1 at full size, random weights, bfloat16, on TensorFlow. To add one: a row in `OPTIMISATIONS` whose function puts
+SD v1 at full size, random weights, bfloat16. To add one: a row in `OPTIMISATIONS` whose function puts
 back, in a fresh process, what the library did before; the library has no switches for this.
 """
 
@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import time
 
 from benchmarks.full_size import FOLDER, write_apart
@@ -16,7 +17,7 @@ from benchmarks.paired import in_turn, measure, peak_memory, ratios, spread
 
 def put(module, name, value):
     """Sets `name`, dots allowed, of a module."""
-    *path, name = f"{name}".split(".")
+    *path, name = name.split(".")
     holder = importlib.import_module(module)
     for part in path:
         holder = getattr(holder, part)
@@ -68,16 +69,18 @@ def two_passes():
     Parts.__init__.__kwdefaults__["two_pass_guidance"] = True
 
 
-OPTIMISATIONS = {  # name: what it is, what is timed, how to do without
+OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "chunks": (
         "attention in chunks of queries, instead of the whole score matrix",
+        "tensorflow",
         step,
         lambda: put("keras_sd.layers.attention", "MAX_SCORES", 2**62),
     ),
-    "group_norm": ("`GroupNorm`, instead of Keras' own", step, keras_group_norm),
-    "one_pass": ("guidance in one batched pass, instead of two", step, two_passes),
+    "group_norm": ("`GroupNorm`, instead of Keras' own", "tensorflow", step, keras_group_norm),
+    "one_pass": ("guidance in one batched pass, instead of two", "tensorflow", step, two_passes),
     "without_values": (
         "models built without values before a file is read, instead of initialized",
+        "tensorflow",
         loading,
         lambda: put("keras_sd.weights.diffusers_folder", "without_values", contextlib.nullcontext),
     ),
@@ -86,7 +89,7 @@ OPTIMISATIONS = {  # name: what it is, what is timed, how to do without
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("name", nargs="*", choices=[[], *OPTIMISATIONS], help="default: all")
+    parser.add_argument("--case", nargs="+", choices=OPTIMISATIONS, default=[*OPTIMISATIONS], help="default: all")
     parser.add_argument("--preset", default=str(FOLDER), help="model to measure on (default: SD v1 at full size)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a run (default 4)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, those of earlier calls included (default 3)")
@@ -94,17 +97,17 @@ def main():
     parser.add_argument("--run", choices=("with", "without"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        _, timed, without = OPTIMISATIONS[args.name[0]]
+        _, os.environ["KERAS_BACKEND"], timed, without = OPTIMISATIONS[args.case[0]]
         if args.run == "without":
             without()
         return print(json.dumps({"seconds": timed(args.preset, args.steps), "peak_memory": peak_memory()}))
     if args.preset == str(FOLDER):
         write_apart()
-    for name in args.name or OPTIMISATIONS:
+    for name in args.case:
 
         def run(side, name=name):
             options = ("--preset", args.preset, "--steps", args.steps)
-            return measure("benchmarks.optimisations", name, "--run", side, *options)
+            return measure("benchmarks.optimisations", "--run", side, "--case", name, *options)
 
         rounds = in_turn("optimisations", name, ("with", "without"), args.rounds, run, args.fresh)
         gains = (spread(ratios(rounds, "with", "without", value)) for value in ("seconds", "peak_memory"))

@@ -14,7 +14,8 @@ PLOT = HERE.parent / "docs" / "speed.png"
 INTRODUCTION = """# Results
 
 Written by `make bench`. Every number is a ratio ours / theirs of two runs of one round, below 1 where ours takes less:
-the median of the rounds, and in brackets the least and the greatest. Every run is a process of its own.
+the median of the rounds, and in brackets the least and the greatest. Every run is a process of its own. Peaks of
+memory that are no ratios are in GB (10⁹ bytes).
 """
 
 
@@ -42,13 +43,13 @@ def named(runner):
 
 
 def where():
-    """The machines and versions, one table for each that something was measured with."""
+    """The machine and the versions; several where not everything was measured with the same."""
     known = [load(name).get("machine") for name in ("inference", "startup", "memory", "optimisations")]
-    different = [one for i, one in enumerate(known) if one and one not in known[:i]]
-    lines = [
-        "- " + ", ".join(f"{key.replace('_', ' ')} {' '.join(v) if isinstance(v, list) else v}" for key, v in m.items())
-        for m in different
-    ]
+    lines = []
+    for one in (m for i, m in enumerate(known) if m and m not in known[:i]):
+        processor = f"{one.pop('processor')}, {one.pop('cores')} cores ({', '.join(one.pop('instructions'))})"
+        versions = ", ".join(f"{name} {version}" for name, version in one.items() if name != "memory_gb")
+        lines.append(f"- {processor}, {one['memory_gb']} GB; {versions}")
     return "\n".join(["## Machine\n", *lines, ""]) if lines else None
 
 
@@ -80,7 +81,7 @@ def pictures(case):
         return None
     drawn = {name for one in rounds for name, result in one.items() if "seconds" in result}
     ours, theirs = ([name for name in names if name in drawn] for names in (inference.OURS, inference.peers(case)))
-    parts = [f"## {inference.TITLES[case].capitalize()}, {len(rounds)} rounds\n"]
+    parts = [f"## {inference.TITLES[case].capitalize()}\n"]
     measures = ("A denoising step", "seconds"), ("A warm picture", "end_to_end"), ("Peak memory", "peak_memory")
     for title, value in measures:
         rows = [[named(b), *(spread(ratios(rounds, a, b, value)) for a in ours)] for b in theirs]
@@ -119,10 +120,10 @@ def peaks():
 def gains():
     """With each optimisation / without it."""
     rows = []
-    for name, (what, timed, _) in optimisations.OPTIMISATIONS.items():
+    for name, (what, backend, timed, _) in optimisations.OPTIMISATIONS.items():
         if rounds := rows_of("optimisations", name):
             values = (spread(ratios(rounds, "with", "without", value)) for value in ("seconds", "peak_memory"))
-            rows.append([what, timed.__name__, *values])
+            rows.append([f"{what} ({backend})", timed.__name__, *values])
     head = ["with / without", "of", "time", "peak memory"]
     return "## What each optimisation gains\n\n" + markdown(head, rows) if rows else None
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 
 from benchmarks.full_size import FOLDER, write_apart
+from benchmarks.inference import open_diffusers
 from benchmarks.paired import in_turn, process, ratios, spread
 
 PROMPT = "red apple on a blue background"
@@ -57,17 +58,10 @@ def stages(preset, side, dtype, out):
 def diffusers(preset, side, dtype, out):
     """The same with diffusers."""
     clock = Stopwatch()
-    import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    from keras_sd.presets import locate
+    from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: F401  (timed here)
 
     clock("import")
-    options = {"torch_dtype": getattr(torch, dtype), "safety_checker": None}
-    pipe = StableDiffusionPipeline.from_pretrained(locate(preset), **options)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
+    pipe = open_diffusers(preset, dtype)
     clock("load")
     options = {"num_inference_steps": STEPS, "height": side, "width": side}
     options["callback_on_step_end"] = lambda *call: clock.step() or call[-1]
