@@ -177,7 +177,8 @@ def main():
         def run(name, case=case, steps=steps):
             return measure("benchmarks.inference", "--run", name, "--case", case, "--steps", steps)
 
-        rounds = in_turn("inference", case, alternated(args.ours, theirs), args.rounds, run, args.fresh)
+        kept = case if steps == CASES[case][3] else f"{case}, {steps} steps"
+        rounds = in_turn("inference", kept, alternated(args.ours, theirs), args.rounds, run, args.fresh)
         for mine, other in itertools.product(args.ours, theirs):
             if values := ratios(rounds, mine, other, "seconds"):
                 print(f"{TITLES[case]}, a step, {mine} / {other}: {spread(values)}", flush=True)

@@ -109,7 +109,8 @@ def main():
             options = ("--preset", args.preset, "--steps", args.steps)
             return measure("benchmarks.optimisations", "--run", side, "--case", name, *options)
 
-        rounds = in_turn("optimisations", name, ("with", "without"), args.rounds, run, args.fresh)
+        case = name if args.preset == str(FOLDER) else f"{name}, {args.preset}"
+        rounds = in_turn("optimisations", case, ("with", "without"), args.rounds, run, args.fresh)
         gains = (spread(ratios(rounds, "with", "without", value)) for value in ("seconds", "peak_memory"))
         print("{}: seconds {}, memory {}".format(name, *gains), flush=True)
 

@@ -7,7 +7,7 @@ import pathlib
 import statistics
 
 from benchmarks import inference, memory, optimisations, quality, startup
-from benchmarks.paired import best, load, ratios, spread
+from benchmarks.paired import PACKAGES, best, load, ratios, spread
 
 HERE = pathlib.Path(__file__).parent
 PLOT = HERE.parent / "docs" / "speed.png"
@@ -46,10 +46,12 @@ def where():
     """The machine and the versions; several where not everything was measured with the same."""
     known = [load(name).get("machine") for name in ("inference", "startup", "memory", "optimisations")]
     lines = []
-    for one in (m for i, m in enumerate(known) if m and m not in known[:i]):
-        processor = f"{one.pop('processor')}, {one.pop('cores')} cores ({', '.join(one.pop('instructions'))})"
-        versions = ", ".join(f"{name} {version}" for name, version in one.items() if name != "memory_gb")
-        lines.append(f"- {processor}, {one['memory_gb']} GB; {versions}")
+    for one in known:
+        if one:
+            processor = "{processor}, {cores} cores, {memory_gb} GB".format(**one)
+            versions = ", ".join(f"{name} {one[name]}" for name in ("python", *PACKAGES))
+            lines.append(f"- {processor}, {' '.join(one['instructions'])}; {versions}")
+    lines = dict.fromkeys(lines)
     return "\n".join(["## Machine\n", *lines, ""]) if lines else None
 
 
