@@ -55,7 +55,7 @@ def open_diffusers(preset, dtype, channels_last=True):
 
     from keras_sd.presets import locate
 
-    options = {"torch_dtype": getattr(torch, dtype), "safety_checker": None}
+    options = {"dtype": getattr(torch, dtype), "safety_checker": None}
     pipe = StableDiffusionPipeline.from_pretrained(locate(preset), **options)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
