@@ -22,7 +22,10 @@ CASES = {  # preset, side in pixels, dtype
 }
 STEPS = 4
 STAGES = ("import", "load", "first_step", "later_steps", "decode")
-RUNNERS = ("keras_sd", "diffusers", "stages", "import_tensorflow")
+RUNNERS = {
+    "512": ("keras_sd", "diffusers", "stages"),
+    "emoji": ("keras_sd", "diffusers", "stages", "import_tensorflow"),
+}
 
 
 class Stopwatch(dict):
@@ -107,9 +110,12 @@ def main():
         return print(json.dumps(STAGED[args.run](*CASES[args.case[0]], args.out)))
     write_apart()
     for case in args.case:
-        rounds = in_turn("startup", case, RUNNERS, args.rounds, lambda name, case=case: run(name, case), args.fresh)
+        rounds = in_turn(
+            "startup", case, RUNNERS[case], args.rounds, lambda name, case=case: run(name, case), args.fresh
+        )
         for other in ("diffusers", "import_tensorflow"):
-            print(f"{case}, keras_sd / {other}: {spread(ratios(rounds, 'keras_sd', other, 'seconds'))}", flush=True)
+            if values := ratios(rounds, "keras_sd", other, "seconds"):
+                print(f"{case}, keras_sd / {other}: {spread(values)}", flush=True)
         for stage in STAGES:
             print(f"{case}, {stage}, ours / theirs: {spread(ratios(rounds, 'stages', 'diffusers', stage))}", flush=True)
 
