@@ -3,7 +3,7 @@ BIN = .venv/bin
 export PYTHONPATH := .
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: venv demo test check fix clean
+.PHONY: venv demo test bench check fix clean
 
 venv: .venv/installed
 
@@ -29,6 +29,13 @@ demo: venv  ## pictures drawn from text by the embedded model, and one through a
 
 test: .venv/tests-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Resumed where it was stopped: what is in runs/bench is not measured again. Hours on two cores; keep the machine quiet.
+BENCHMARKS = startup memory inference optimisations quality
+
+bench: .venv/tests-installed  ## benchmarks/RESULTS.md, docs/speed.png, docs/quality.png
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks.results
 
 check: .venv/tests-installed
 	$(BIN)/ruff format --check .

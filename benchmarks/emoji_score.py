@@ -52,9 +52,15 @@ def score(sd, captions, pairs, num_steps=25, guidance_scale=7.5, batch_size=50, 
                 **kwargs,
             )
         )
+    emoji, background = right(images, captions, pairs).mean(axis=1)
+    return (float(emoji), float(background)), np.stack(images)
+
+
+def right(images, captions, pairs):
+    """Whether each picture's emoji, and its background, is that of its pair: bool (2, B)."""
     emoji = [nearest_emoji(i, captions, background) == name for i, (name, background) in zip(images, pairs)]
     background = [nearest_background(i, captions) == background for i, (_, background) in zip(images, pairs)]
-    return (float(np.mean(emoji)), float(np.mean(background))), np.stack(images)
+    return np.array([emoji, background])
 
 
 def pairs_of(captions, held_out, count, seed=0):

@@ -1,29 +1,32 @@
 """Peak memory at SD v1's full size, random weights: each case in a process of its own. `python -m benchmarks.memory`
 
-    python -m benchmarks.memory               a Markdown table of all cases
+    python -m benchmarks.memory               a Markdown table of all cases, and ratios to diffusers
     python -m benchmarks.memory picture       one case; prints its peak resident memory in GB (10⁹ bytes)
 
-The cases with `low_memory` read their models from `runs/full_size`, which is written before, outside the measurement.
+Whole pictures read their models from `runs/full_size`, which is written before, outside the measurement.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 
 import numpy as np
 
-from keras_sd.training.watching import peak_memory
+from benchmarks.full_size import FOLDER, write_apart
+from benchmarks.inference import open_diffusers
+from benchmarks.paired import in_turn, peak_memory, process, ratios, spread
 
 
 def picture(**options):
     """Text to picture, two denoising steps: more cost time, not memory."""
-    from benchmarks.full_size import full_size_preset
     from keras_sd import StableDiffusion
 
-    sd = StableDiffusion.from_preset(full_size_preset(), **options)
+    sd = StableDiffusion.from_preset(FOLDER, **options)
     image = sd.text_to_image("an apple", num_steps=2, seed=0, progress=False)
     assert np.ptp(image) > 0
+
+
+def diffusers():
+    """The same with diffusers."""
+    open_diffusers(FOLDER, "bfloat16")("an apple", num_inference_steps=2, output_type="np")
 
 
 def network(side, dtype="bfloat16", batch=1):
@@ -55,6 +58,7 @@ CASES = {
         lambda: picture(dtype="bfloat16", two_pass_guidance=True),
     ),
     "low_memory": ("the same, `low_memory=True`", lambda: picture(dtype="bfloat16", low_memory=True)),
+    "diffusers": ("text to a 512×512 picture, bfloat16, diffusers, channels last", diffusers),
     "network_1024": ("U-Net, one pass at 1024×1024, bfloat16", lambda: network(1024)),
     "decode_1024": (
         "decoder, 1024×1024, float32, `vae_tiling=False`",
@@ -67,26 +71,45 @@ CASES = {
     "decode_4k": ("decoder, 3840×2160, bfloat16", lambda: decode(2160, 3840, "bfloat16")),
     "decode_4k_float32": ("decoder, 3840×2160, float32", lambda: decode(2160, 3840, "float32")),
 }
+AGAINST_DIFFUSERS = ("picture", "two_passes", "low_memory")
 
 
 def run(*arguments):
     """What a module prints in a process of its own."""
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return process("-m", *arguments)[1]
+
+
+def measured(name):
+    """Peak memory of one case, in bytes."""
+    try:
+        return {"peak_memory": 1e9 * float(run("benchmarks.memory", name).split()[-1])}
+    except RuntimeError as error:
+        return {"error": str(error)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", nargs="?", choices=CASES, help="one case (default: a table of all)")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds, those of earlier calls included (default 1)")
+    parser.add_argument("--fresh", action="store_true", help="forget the rounds of earlier calls")
     args = parser.parse_args()
     if args.case is not None:
         CASES[args.case][1]()
         return print(round(peak_memory() / 1e9, 2))
-    run("benchmarks.full_size")
-    print("| what | peak GB |\n|---|---|")
+    write_apart()
+    rounds = in_turn("memory", "all", [*CASES], args.rounds, measured, args.fresh)
+    print(table(rounds))
+    for name in AGAINST_DIFFUSERS:
+        print(f"{name} / diffusers: {spread(ratios(rounds, name, 'diffusers', 'peak_memory'))}")
+
+
+def table(rounds):
+    """Markdown: the peak of every case in GB, the median of its rounds."""
+    lines = ["| what | peak GB |", "|---|---|"]
     for name, (description, _) in CASES.items():
-        print(f"| {description} | {run('benchmarks.memory', name).split()[-1]} |", flush=True)
+        peaks = [one[name]["peak_memory"] / 1e9 for one in rounds if "peak_memory" in one.get(name, {})]
+        lines.append(f"| {description} | {np.median(peaks):.2f} |" if peaks else f"| {description} | – |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""What each optimisation gains, with it and without it in turn: `python -m benchmarks.optimisations`
+
+SD v1 at full size, random weights, bfloat16. To add one: a row in `OPTIMISATIONS` whose function puts
+back, in a fresh process, what the library did before; the library has no switches for this.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import time
+
+from benchmarks.full_size import FOLDER, write_apart
+from benchmarks.paired import in_turn, measure, peak_memory, ratios, spread
+
+
+def put(module, name, value):
+    """Sets `name`, dots allowed, of a module."""
+    *path, name = name.split(".")
+    holder = importlib.import_module(module)
+    for part in path:
+        holder = getattr(holder, part)
+    setattr(holder, name, value)
+
+
+# === What is timed ===
+
+
+def step(preset, steps):
+    """Seconds of single denoising steps at the preset's size, with guidance."""
+    from keras_sd import StableDiffusion
+
+    sd = StableDiffusion.from_preset(preset, dtype="bfloat16")
+    ticks = []
+    sd.text_to_image("a", num_steps=steps + 2, seed=0, progress=False, callback=lambda *_: ticks.append(clock()))
+    seconds = [later - earlier for earlier, later in zip(ticks, ticks[1:])]
+    return seconds[1:]  # the second step's may wait for what the first one left
+
+
+def loading(preset, steps):
+    """Seconds from files to the U-Net in memory."""
+    import keras
+
+    from keras_sd import StableDiffusion
+
+    keras.ops.zeros(1)
+    sd = StableDiffusion.from_preset(preset, dtype="bfloat16")
+    start = clock()
+    sd.diffusion_model  # noqa: B018  (read at first use)
+    return [clock() - start]
+
+
+clock = time.perf_counter
+
+
+# === What is taken away ===
+
+
+def keras_group_norm():
+    import keras
+
+    put("keras_sd.layers.group_norm", "GroupNorm.call", keras.layers.GroupNormalization.call)
+
+
+def two_passes():
+    from keras_sd.parts import Parts
+
+    Parts.__init__.__kwdefaults__["two_pass_guidance"] = True
+
+
+OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
+    "chunks": (
+        "attention in chunks of queries, instead of the whole score matrix",
+        "tensorflow",
+        step,
+        lambda: put("keras_sd.layers.attention", "MAX_SCORES", 2**62),
+    ),
+    "group_norm": ("`GroupNorm`, instead of Keras' own", "tensorflow", step, keras_group_norm),
+    "one_pass": ("guidance in one batched pass, instead of two", "tensorflow", step, two_passes),
+    "without_values": (
+        "models built without values before a file is read, instead of initialized",
+        "tensorflow",
+        loading,
+        lambda: put("keras_sd.weights.diffusers_folder", "without_values", contextlib.nullcontext),
+    ),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--case", nargs="+", choices=OPTIMISATIONS, default=[*OPTIMISATIONS], help="default: all")
+    parser.add_argument("--preset", default=str(FOLDER), help="model to measure on (default: SD v1 at full size)")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a run (default 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, those of earlier calls included (default 3)")
+    parser.add_argument("--fresh", action="store_true", help="forget the rounds of earlier calls")
+    parser.add_argument("--run", choices=("with", "without"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        _, os.environ["KERAS_BACKEND"], timed, without = OPTIMISATIONS[args.case[0]]
+        if args.run == "without":
+            without()
+        return print(json.dumps({"seconds": timed(args.preset, args.steps), "peak_memory": peak_memory()}))
+    if args.preset == str(FOLDER):
+        write_apart()
+    for name in args.case:
+
+        def run(side, name=name):
+            options = ("--preset", args.preset, "--steps", args.steps)
+            return measure("benchmarks.optimisations", "--run", side, "--case", name, *options)
+
+        case = name if args.preset == str(FOLDER) else f"{name}, {args.preset}"
+        rounds = in_turn("optimisations", case, ("with", "without"), args.rounds, run, args.fresh)
+        gains = (spread(ratios(rounds, "with", "without", value)) for value in ("seconds", "peak_memory"))
+        print("{}: seconds {}, memory {}".format(name, *gains), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""`benchmarks/RESULTS.md` and `docs/speed.png`, from what is in `runs/bench/`: `python -m benchmarks.results`
+
+A section whose benchmark has not run is left out. `benchmarks/NOTES.md` is written by hand and put at the end.
+"""
+
+import pathlib
+import statistics
+
+from benchmarks import inference, memory, optimisations, quality, startup
+from benchmarks.paired import PACKAGES, best, load, ratios, spread
+
+HERE = pathlib.Path(__file__).parent
+PLOT = HERE.parent / "docs" / "speed.png"
+INTRODUCTION = """# Results
+
+Written by `make bench`. Every number is a ratio ours / theirs of two runs of one round, below 1 where ours takes less:
+the median of the rounds, and in brackets the least and the greatest. Every run is a process of its own. Peaks of
+memory that are no ratios are in GB (10⁹ bytes).
+"""
+
+
+def report():
+    """The whole page, Markdown."""
+    sections = [INTRODUCTION, where(), in_short(), *map(pictures, inference.CASES), first_picture(), peaks()]
+    return "\n".join(filter(None, [*sections, gains(), steps(), (HERE / "NOTES.md").read_text()]))
+
+
+def rows_of(name, case):
+    return load(name)["cases"].get(case, [])
+
+
+def markdown(head, rows):
+    """A table; its first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def named(runner):
+    return runner.replace("keras_cv", "KerasCV").replace("_", " ")
+
+
+# === Sections ===
+
+
+def where():
+    """The machine and the versions; several where not everything was measured with the same."""
+    known = [load(name).get("machine") for name in ("inference", "startup", "memory", "optimisations")]
+    lines = []
+    for one in known:
+        if one:
+            processor = "{processor}, {cores} cores, {memory_gb} GB".format(**one)
+            versions = ", ".join(f"{name} {one[name]}" for name in ("python", *PACKAGES))
+            lines.append(f"- {processor}, {' '.join(one['instructions'])}; {versions}")
+    lines = dict.fromkeys(lines)
+    return "\n".join(["## Machine\n", *lines, ""]) if lines else None
+
+
+def in_short():
+    """The ratios that matter most."""
+    rounds, first, peak = rows_of("inference", "512"), rows_of("startup", "512"), rows_of("memory", "all")
+    ours, diffusers, keras_cv = (best(rounds, names, "seconds") for names in _families())
+    pairs = [
+        ("a step at 512×512, best against best", rounds, ours, diffusers, "seconds"),
+        ("the same, our TensorFlow in bfloat16", rounds, "tensorflow_bfloat16", diffusers, "seconds"),
+        ("the same, against KerasCV's best", rounds, "tensorflow_bfloat16", keras_cv, "seconds"),
+        ("the same, float32", rounds, "tensorflow_float32", "diffusers_float32", "seconds"),
+        ("from command to first picture of 4 steps", first, "keras_sd", "diffusers", "seconds"),
+        ("peak memory of a picture", peak, "picture", "diffusers", "peak_memory"),
+        ("the same, `low_memory=True`", peak, "low_memory", "diffusers", "peak_memory"),
+    ]
+    rows = [
+        [what, f"{named(a)} / {named(b)}", spread(values)]
+        for what, rounds, a, b, value in pairs
+        if a and b and (values := ratios(rounds, a, b, value))
+    ]
+    return "## In short\n\n" + markdown(["what", "of", "ratio"], rows) if rows else None
+
+
+def pictures(case):
+    """One case of `benchmarks.inference`: a column for each of ours."""
+    rounds = rows_of("inference", case)
+    if not rounds:
+        return None
+    drawn = {name for one in rounds for name, result in one.items() if "seconds" in result}
+    ours, theirs = ([name for name in names if name in drawn] for names in (inference.OURS, inference.peers(case)))
+    parts = [f"## {inference.TITLES[case].capitalize()}\n"]
+    measures = ("A denoising step", "seconds"), ("A warm picture", "end_to_end"), ("Peak memory", "peak_memory")
+    for title, value in measures:
+        rows = [[named(b), *(spread(ratios(rounds, a, b, value)) for a in ours)] for b in theirs]
+        parts.append(markdown([title, *map(named, ours)], rows))
+    failed = {name: result["error"] for one in rounds for name, result in one.items() if "error" in result}
+    parts += [f"- {named(name)} did not run: {error}" for name, error in failed.items()] + [""] * bool(failed)
+    return "\n".join(parts)
+
+
+def first_picture():
+    """From command to first picture, and its stages."""
+    rows = []
+    for case in startup.CASES:
+        rounds = rows_of("startup", case)
+        for other in ("diffusers", "import_tensorflow"):
+            rows.append([f"{case}: the command / {named(other)}", ratios(rounds, "keras_sd", other, "seconds")])
+        for stage in startup.STAGES:
+            rows.append([f"{case}: {named(stage)}", ratios(rounds, "stages", "diffusers", stage)])
+    rows = [[what, spread(values)] for what, values in rows if values]
+    return (
+        f"## From command to first picture, {startup.STEPS} steps\n\n" + markdown(["what", "ratio"], rows)
+        if rows
+        else None
+    )
+
+
+def peaks():
+    rounds = rows_of("memory", "all")
+    if not rounds:
+        return None
+    rows = [[name, spread(ratios(rounds, name, "diffusers", "peak_memory"))] for name in memory.AGAINST_DIFFUSERS]
+    ours = markdown(["peak memory of a 512×512 picture / diffusers'", "ratio"], rows)
+    return f"## Memory\n\n{ours}\n{memory.table(rounds)}\n"
+
+
+def gains():
+    """With each optimisation / without it."""
+    rows = []
+    for name, (what, backend, timed, _) in optimisations.OPTIMISATIONS.items():
+        if rounds := rows_of("optimisations", name):
+            values = (spread(ratios(rounds, "with", "without", value)) for value in ("seconds", "peak_memory"))
+            rows.append([f"{what} ({backend})", timed.__name__, *values])
+    head = ["with / without", "of", "time", "peak memory"]
+    return "## What each optimisation gains\n\n" + markdown(head, rows) if rows else None
+
+
+def steps():
+    results = load("quality")
+    if "samplers" not in results:
+        return None
+    words = f"""## Quality against steps
+
+Distance to the same sampler's picture of 200 steps (grey levels), and the part of {results["count"]} pictures whose
+emoji and background are right; samplers with fresh noise have no such distance. `heun`, `dpm2` and `dpm2_a` evaluate
+the network twice a step.
+
+![Distance and score against evaluations](../docs/quality.png)
+"""
+    return f"{words}\n{quality.table(results['samplers'])}\n"
+
+
+# === Plot ===
+
+
+def plot(path=PLOT):
+    """Bars: a denoising step at 512×512 of every runner, in units of the best diffusers configuration's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rounds = rows_of("inference", "512")
+    unit = best(rounds, inference.DIFFUSERS, "seconds")
+    bars = {name: ratios(rounds, name, unit, "seconds") for name in inference.RUNNERS} if unit else {}
+    bars = {name: statistics.median(values) for name, values in bars.items() if values}
+    if not bars:
+        return
+    names = sorted(bars, key=bars.get, reverse=True)
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.34 * len(names)), layout="constrained")
+    colours = ["#c44e52" if name in inference.OURS else "#b8b8b8" for name in names]
+    labels = [f"keras_sd, {named(name)}" if name in inference.OURS else named(name) for name in names]
+    drawn = axes.barh(labels, [bars[name] for name in names], color=colours)
+    axes.bar_label(drawn, fmt="%.2f", padding=4)
+    axes.axvline(1, color="#606060", lw=0.8, zorder=0)
+    axes.set_title("time of a denoising step at 512×512, best diffusers configuration = 1", fontsize=10, loc="left")
+    axes.xaxis.set_visible(False)
+    axes.tick_params(left=False)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _families():
+    return inference.OURS, inference.DIFFUSERS, inference.KERAS_CV
+
+
+def main():
+    (HERE / "RESULTS.md").write_text(report())
+    plot()
+    print(HERE / "RESULTS.md")
+
+
+if __name__ == "__main__":
+    main()
