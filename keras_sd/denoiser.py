@@ -76,7 +76,9 @@ class Denoiser(keras.Model):
         self.cache_interval = check_integer("cache_interval", cache_interval, 1)
         self.token_merging = check_ratio("token_merging", token_merging)
         if control_nets and cache_interval > 1:
-            raise ValueError(f"cache_interval must be 1 with ControlNets, which steer deep layers; got {cache_interval}.")
+            raise ValueError(
+                f"cache_interval must be 1 with ControlNets, which steer deep layers; got {cache_interval}."
+            )
         self.whole, self.shallow = diffusion_model.reusing if cache_interval > 1 else (diffusion_model, None)
         self._functions = {}  # shape of the latent, length of the context → compiled step
         self.compile(jit_compile=keras.backend.backend() == "jax" if jit_compile is None else jit_compile)
