@@ -114,6 +114,14 @@ def build_parser():
     draw.add_argument("--vae-slicing", action="store_true", help="decode the pictures of a batch one after another")
     draw.add_argument("--vae-tiling", action="store_true", help="decode a picture in parts, as large ones always are")
     draw.add_argument(
+        "--cache-interval", type=number(int, 1), help="faster, not exact: the whole U-Net in every so many-th row only"
+    )
+    draw.add_argument(
+        "--token-merging",
+        type=number(float, 0, 0.75),
+        help="the same: part of the tokens that attention merges, 0 … 0.75",
+    )
+    draw.add_argument(
         "--safety-checker", action="store_const", const=True, help="black out what the preset's safety checker flags"
     )
     draw.add_argument(
@@ -478,6 +486,8 @@ def described(args, sd, sampler, seed, image):
         "Upscaler": pathlib.Path(args.model).stem if getattr(args, "model", None) else None,
         "Loras": ", ".join(map(_named, args.lora or ())) or None,
         "IP_adapter": _named(getattr(args, "ip_adapter", None)),
+        "Cache_interval": getattr(args, "cache_interval", None),
+        "Token_merging_ratio": getattr(args, "token_merging", None),
         "Mask_blur": getattr(args, "feather", None),
         "Noise_level": getattr(args, "noise_level", None),
         "Eta": args.ddim_eta,
@@ -661,6 +671,8 @@ def find_controls(args):
     scales, starts, ends = (values * len(nets) if len(values) == 1 else values for values in columns)
     if getattr(args, "guess_mode", False) and not nets:
         args.usage_error("--guess-mode needs a --control-net")
+    if nets and (args.cache_interval or 1) > 1:
+        args.usage_error("--cache-interval does not go together with --control-net")
     if any(start >= end for start, end in zip(starts, ends)):
         args.usage_error("--control-start must be below --control-end")
     for path in nets:
@@ -689,15 +701,15 @@ def load_controls(args, controls):
 
 
 def open_model(source, args):
-    """The `StableDiffusion` of a preset or path, with --tokenizer, --dtype and the options that save memory."""
+    """The `StableDiffusion` of a preset or path, with --tokenizer, --dtype and the options that save memory or time."""
     from keras_sd.presets import locate, locate_safety_checker
 
     path = locate(source)
     start_backend()
     from keras_sd.stable_diffusion import StableDiffusion
 
-    names = "low_memory", "two_pass_guidance", "vae_slicing", "vae_tiling"
-    savings = {name: True for name in names if getattr(args, name, False)}
+    names = "low_memory", "two_pass_guidance", "vae_slicing", "vae_tiling", "cache_interval", "token_merging"
+    savings = {name: getattr(args, name) for name in names if getattr(args, name, None)}
     other = {} if args.vae is None else {"vae": args.vae}
     if getattr(args, "safety_checker", None) is not None:
         other["safety_checker"] = locate_safety_checker(source, args.safety_checker)

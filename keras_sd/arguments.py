@@ -42,6 +42,13 @@ def check_strength(strength, name="strength"):
     return strength
 
 
+def check_ratio(name, value):
+    """The part of the tokens that `keras_sd.layers.token_merging` merges: one of every 2 × 2 cell stays."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 0.75:
+        raise ValueError(f"{name} must be in [0, 0.75]; got {value!r}.")
+    return value
+
+
 def check_seed(name, seed):
     if np.ndim(seed) == 1:
         return [check_integer(name, one, 0) for one in seed]

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 from tqdm.auto import tqdm
 
+from keras_sd.arguments import check_integer, check_ratio
 from keras_sd.layers import timestep_embedding
 from keras_sd.layers.backend_fixes import FixedShapes
 from keras_sd.samplers import HISTORY
@@ -29,6 +30,10 @@ class Denoiser(FixedShapes, keras.Model):
         guess_mode: they steer the conditional half only, and the less the earlier on the U-Net's way down: the
             pictures they see count for more than the prompt.
         ip_adapter: an `IPAdapter`, whose tokens then follow those of the text in every context.
+        cache_interval: compute the deep layers in every so many-th row only, and reuse their result in those between;
+            see `DiffusionModel.reusing`. 1 is exact.
+        token_merging: part of the tokens, 0 … 0.75, that self-attention at the highest resolution merges; see
+            `keras_sd.layers.token_merging`. 0 is exact.
 
     Call arguments:
         dict with `latent` (B, h, w, C), `history` (B, 5, h, w, C) (the remembered outputs, newest first; zeros at the
@@ -36,10 +41,15 @@ class Denoiser(FixedShapes, keras.Model):
         needed `unconditional_context` (B, N, width) (without it there is one pass and no guidance), `noise`
         (B, h, w, C) (only for rows that add noise), `extra` (B, h, w, E) (channels that the network sees beside
         the latent, as inpainting models do), `class_label` int32 (B,) (for networks that have classes), and
-        `conditioning` (B, nets, H, W, 3) in [0, 1] with `control_scale` (B, nets) (for rows with ControlNets).
+        `conditioning` (B, nets, H, W, 3) in [0, 1] with `control_scale` (B, nets) (for rows with ControlNets), and
+        `deep` (for rows that reuse what a row with the same inputs beside it returned).
 
     Returns:
-        dict with the next `latent` and `history`.
+        dict with the next `latent` and `history`, and with `cache_interval` above 1 `deep`, where it was computed.
+
+    Raises:
+        ValueError: `cache_interval` or `token_merging` is out of its range, or both ControlNets and a `cache_interval`
+            are given.
 
     Reference: Ho & Salimans (2022), Classifier-Free Diffusion Guidance, arXiv 2207.12598, equation 6 (guidance scale
     1 + w); the row's meaning is in `keras_sd.samplers`; Zhang et al. (2023), arXiv 2302.05543, section 3.4
@@ -54,6 +64,8 @@ class Denoiser(FixedShapes, keras.Model):
         control_nets=(),
         guess_mode=False,
         ip_adapter=None,
+        cache_interval=1,
+        token_merging=0.0,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -62,6 +74,13 @@ class Denoiser(FixedShapes, keras.Model):
         self.control_nets, self.guess_mode = list(control_nets), guess_mode
         self.controlled = diffusion_model.controlled if control_nets else None
         self.ip_adapter = ip_adapter
+        self.cache_interval = check_integer("cache_interval", cache_interval, 1)
+        self.token_merging = check_ratio("token_merging", token_merging)
+        if control_nets and cache_interval > 1:
+            raise ValueError(
+                f"cache_interval must be 1 with ControlNets, which steer deep layers; got {cache_interval}."
+            )
+        self.whole, self.shallow = diffusion_model.reusing if cache_interval > 1 else (diffusion_model, None)
         self._functions = {}  # shape of the latent, length of the context → compiled step
         self.compile(jit_compile=keras.backend.backend() == "jax" if jit_compile is None else jit_compile)
 
@@ -69,7 +88,7 @@ class Denoiser(FixedShapes, keras.Model):
         latent, history = inputs["latent"], inputs["history"]
         column = [inputs["row"][:, i, None, None, None] for i in range(6 + HISTORY + 1)]
         input_scale, _, guidance, sample_coef, output_coef, carry = column[:6]
-        output = self._guided(inputs, latent * input_scale, guidance)
+        output, deep = self._guided(inputs, latent * input_scale, guidance)
         remembered = sample_coef * latent + output_coef * output
         history = ops.concatenate([remembered[:, None], history[:, :-1]], axis=1)
         latent = carry * latent
@@ -77,22 +96,26 @@ class Denoiser(FixedShapes, keras.Model):
             latent = latent + column[6 + j] * history[:, j]
         if "noise" in inputs:
             latent = latent + column[6 + HISTORY] * inputs["noise"]
-        return {"latent": latent, "history": history}
+        return {"latent": latent, "history": history, **({} if deep is None else {"deep": deep})}
 
     def _guided(self, inputs, latent, guidance):
+        """The prediction, and the deep features where this row computes them to be reused."""
         timestep, context, label = inputs["row"][:, 1], inputs["context"], inputs.get("class_label")
+        deep = inputs.get("deep")
         seen = ops.concatenate([latent, inputs["extra"]], axis=-1) if "extra" in inputs else latent
         if "unconditional_context" not in inputs:
             residuals = self._residuals(inputs, latent, timestep, context)
-            return self._predict(seen, timestep, context, label, residuals)
+            return self._predict(seen, timestep, context, label, residuals, deep)
         unconditional_context = inputs["unconditional_context"]
         if self.two_passes:
             residuals = None
             if not self.guess_mode:
                 residuals = self._residuals(inputs, latent, timestep, unconditional_context)
-            unconditional = self._predict(seen, timestep, unconditional_context, label, residuals)
+            halves = (None, None) if deep is None else ops.split(deep, 2)
+            unconditional, first = self._predict(seen, timestep, unconditional_context, label, residuals, halves[0])
             residuals = self._residuals(inputs, latent, timestep, context)
-            conditional = self._predict(seen, timestep, context, label, residuals)
+            conditional, second = self._predict(seen, timestep, context, label, residuals, halves[1])
+            deep = None if first is None else ops.concatenate([first, second])
         else:
             contexts = ops.concatenate([unconditional_context, context])
             if self.guess_mode:
@@ -101,20 +124,25 @@ class Denoiser(FixedShapes, keras.Model):
             else:
                 doubled = {key: _twice(inputs[key]) for key in ("conditioning", "control_scale") if key in inputs}
                 residuals = self._residuals(doubled, _twice(latent), _twice(timestep), contexts)
-            both = self._predict(_twice(seen), _twice(timestep), contexts, _twice(label), residuals)
+            both, deep = self._predict(_twice(seen), _twice(timestep), contexts, _twice(label), residuals, deep)
             unconditional, conditional = ops.split(both, 2)
-        return unconditional + guidance * (conditional - unconditional)
+        return unconditional + guidance * (conditional - unconditional), deep
 
-    def _predict(self, latent, timestep, context, label=None, residuals=None):
+    def _predict(self, latent, timestep, context, label=None, residuals=None, deep=None):
         text, picture = self._split(context)
         inputs = {"latent": latent, "timestep_embedding": self._embedding(timestep), "context": text}
         if label is not None:
             inputs["class_label"] = label
         attached = nullcontext() if picture is None else self.ip_adapter.attached(self.diffusion_model, picture)
-        with attached:
-            if residuals is None:
-                return ops.cast(self.diffusion_model(inputs), "float32")
-            return ops.cast(self.controlled({**inputs, "residuals": residuals}), "float32")
+        merging = self.diffusion_model.merging_tokens(self.token_merging) if self.token_merging else nullcontext()
+        with attached, merging:
+            if residuals is not None:
+                return ops.cast(self.controlled({**inputs, "residuals": residuals}), "float32"), None
+            if deep is not None:
+                return ops.cast(self.shallow({**inputs, "deep": deep}), "float32"), None
+            outputs = self.whole(inputs)
+            outputs = outputs if self.shallow else {"prediction": outputs}
+            return ops.cast(outputs["prediction"], "float32"), outputs.get("deep")
 
     def _split(self, context):
         """The tokens of the text, and those of a picture for an IP-Adapter."""
@@ -204,17 +232,22 @@ class Denoiser(FixedShapes, keras.Model):
         state = {"latent": latent, "history": np.zeros((batch_size, HISTORY, *latent.shape[1:]), "float32")}
         fixed = {"extra": extra, "class_label": class_label}
         fixed = {key: value for key, value in fixed.items() if value is not None}
+        guided = table.guidance != 1.0
+        whole = np.arange(len(table)) % self.cache_interval == 0
+        whole[1:] |= guided[1:] != guided[:-1]  # what one pass gave is of no use to two
         for i in tqdm(range(len(table)), disable=not progress, leave=False):
+            if whole[i]:
+                state.pop("deep", None)
             inputs = {**state, **fixed, "row": np.repeat(rows[i : i + 1], batch_size, axis=0)}
             inputs["context"] = _at_row(context, i)
-            if table.guidance[i] != 1.0:
+            if guided[i]:
                 inputs["unconditional_context"] = _at_row(unconditional_context, i)
             if table.noise[i]:
                 inputs["noise"] = np.asarray(noise(i), "float32")
             if conditioning is not None and control_scales[i].any():
                 inputs["conditioning"] = np.repeat(conditioning, batch_size, axis=0)
                 inputs["control_scale"] = np.repeat(control_scales[i : i + 1], batch_size, axis=0)
-            state = {key: np.asarray(value) for key, value in self._step(inputs).items()}
+            state |= {key: np.asarray(value) for key, value in self._step(inputs).items()}
             if blend is not None:
                 state["latent"] = np.asarray(blend(i, state["latent"]), "float32")
             if not np.isfinite(state["latent"]).all():

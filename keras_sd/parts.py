@@ -6,7 +6,7 @@ import pathlib
 
 import keras
 
-from keras_sd.arguments import check_integer, check_number
+from keras_sd.arguments import check_integer, check_number, check_ratio
 from keras_sd.denoiser import Denoiser
 from keras_sd.lora import Adapters, add_lora, lora_factors, lora_layers, remove_lora, target_layers
 from keras_sd.presets import locate
@@ -33,11 +33,15 @@ class Parts:
         low_memory=False,
         vae=None,
         safety_checker=None,
+        cache_interval=1,
+        token_merging=0.0,
     ):
         self.preset, self.dtype, self.jit_compile = preset, dtype, jit_compile
         self.two_pass_guidance = two_pass_guidance or low_memory
         self.vae_slicing, self.vae_tiling = (True, True) if low_memory else (vae_slicing, vae_tiling)
         self.low_memory = low_memory
+        self.cache_interval = check_integer("cache_interval", cache_interval, 1)
+        self.token_merging = check_ratio("token_merging", token_merging)
         self._replaceable = {}  # name → model that was read from files and can be again
         self._tokenizer_source, self._vae_source, self._safety_checker_source = tokenizer, vae, safety_checker
         self._image_prompt = None  # what load_ip_adapter loads
@@ -136,24 +140,29 @@ class Parts:
     def denoiser(self):
         """The compiled denoising step around `diffusion_model`."""
         known = self.__dict__.get("_denoiser")
-        if known is None or known.diffusion_model is not self.diffusion_model:
+        if known is None or not self._fits(known):
             known = self._denoiser = self._new_denoiser()
         return known
+
+    def _fits(self, denoiser):
+        """Whether a step is one with the model and the options of now."""
+        names = "diffusion_model", "cache_interval", "token_merging"
+        return all(getattr(denoiser, name) == getattr(self, name) for name in names)
 
     def _controlled_denoiser(self, controls, guess_mode):
         """The step with ControlNets; that of the last ones is kept."""
         # diffusers' rule: a first network that averages its residuals over the picture brings all into that mode
         guess_mode = bool(guess_mode or controls[0].net.arguments["global_pool_conditions"])
-        parts = [self.diffusion_model, *(one.net for one in controls), guess_mode]
+        parts = [*(one.net for one in controls), guess_mode]
         known = self.__dict__.get("_controlled")
-        if known is None or [known.diffusion_model, *known.control_nets, known.guess_mode] != parts:
-            known = self._controlled = self._new_denoiser(parts[1:-1], guess_mode)
+        if known is None or not self._fits(known) or [*known.control_nets, known.guess_mode] != parts:
+            known = self._controlled = self._new_denoiser(parts[:-1], guess_mode)
         return known
 
     def _new_denoiser(self, control_nets=(), guess_mode=False):
         adapter = self._image_prompt and self._image_prompt.adapter
         options = self.two_pass_guidance, self.jit_compile, control_nets, guess_mode, adapter
-        return Denoiser(self.diffusion_model, *options)
+        return Denoiser(self.diffusion_model, *options, self.cache_interval, self.token_merging)
 
     def _part(self, name, read=None):
         """Reads a model, by default from the checkpoint; with `low_memory` first gives up those read before."""

@@ -48,6 +48,10 @@ class StableDiffusion(Parts):
         safety_checker: True for the preset's own, or the folder or `hf://owner/name` of another one; by default
             pictures are not checked. Those that it flags come back black, and `flagged` then says which: a list with a
             bool per picture of the last call.
+        cache_interval: faster, not exact: compute the whole U-Net in every so many-th row only, and reuse what its deep
+            layers gave in the rows between; not with ControlNets. The attribute may be changed between calls.
+        token_merging: faster for large pictures, not exact: the part of the tokens, 0 … 0.75, that self-attention at
+            the highest resolution merges. The attribute may be changed between calls.
 
     Example:
 
@@ -172,7 +176,8 @@ class StableDiffusion(Parts):
             hires: factor above 1 by which the latent is enlarged and then changed again before it is decoded ("hires
                 fix"): from noise alone a model draws sizes badly that it was not trained at.
             hires_strength: how much the second pass changes, in (0, 1]; below 0.5 the enlarged latent stays blurred.
-            **sampler_options: of `keras_sd.make_table`, e.g. `karras=True`, `eta=0.5`, `guidance_interval=(0, 0.8)`.
+            **sampler_options: of `keras_sd.make_table`, e.g. `karras=True`, `eta=0.5`, `guidance_interval=(0, 0.8)`:
+                guidance, and with it half the work, off in the last fifth of the rows.
 
         Returns:
             uint8 (batch_size, height, width, 3).

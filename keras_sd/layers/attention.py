@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_sd.layers.group_norm import GroupNorm
 from keras_sd.layers.recompute import maybe_recomputed
+from keras_sd.layers.token_merging import token_merging
 
 # Scores of one head that are computed at once: 2²¹ in bfloat16 are 4 MB, which the cache holds, so that they never
 # travel to memory (Dao et al., 2022, arXiv 2205.14135, have that idea for GPUs).
@@ -197,6 +198,7 @@ class TransformerBlock(keras.layers.Layer):
     Call arguments:
         x: (B, N, dim).
         context: (B, M, any width).
+        merging: (height, width, ratio) of the grid that x is, to merge tokens for the self-attention; by default none.
     """
 
     def __init__(self, dim, num_heads, only_cross_attention=False, **kwargs):
@@ -220,8 +222,13 @@ class TransformerBlock(keras.layers.Layer):
     def compute_output_shape(self, x_shape, context_shape):
         return x_shape
 
-    def call(self, x, context):
-        x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
+    def call(self, x, context, merging=None):
+        hidden = self.norm1(x)
+        if merging is None:
+            x = x + self.attn1(hidden, context if self.only_cross_attention else None)
+        else:
+            merge, unmerge = token_merging(hidden, *merging)
+            x = x + unmerge(self.attn1(merge(hidden)))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.dense(self.geglu(self.norm3(x)))
 
@@ -245,6 +252,7 @@ class SpatialTransformer(keras.layers.Layer):
     """
 
     gradient_checkpointing = False
+    token_merging = 0.0  # ratio; `DiffusionModel.merging_tokens` lends another
 
     def __init__(self, dim, num_heads, groups=32, use_linear_projection=False, only_cross_attention=False, **kwargs):
         super().__init__(**kwargs)
@@ -274,5 +282,6 @@ class SpatialTransformer(keras.layers.Layer):
     def _forward(self, x, context):
         height, width = ops.shape(x)[1:3]
         hidden = ops.reshape(self.proj_in(self.norm(x)), (-1, height * width, self.dim))
-        hidden = ops.reshape(self.block(hidden, context), (-1, height, width, self.dim))
+        merging = (height, width, self.token_merging) if self.token_merging else None
+        hidden = ops.reshape(self.block(hidden, context, merging=merging), (-1, height, width, self.dim))
         return x + self.proj_out(hidden)

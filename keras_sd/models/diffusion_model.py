@@ -1,5 +1,7 @@
 """The U-Net that predicts the noise."""
 
+import contextlib
+
 import keras
 from keras import ops
 
@@ -89,6 +91,7 @@ class DiffusionModel(Network):
         for block_index, level in enumerate(reversed(range(len(widths)))):
             block = f"up_blocks.{block_index}"
             for i in range(layers_per_block + 1):
+                deep = x
                 x = ops.concatenate([x, skips.pop()], axis=-1)
                 x = resnet(widths[level], f"{block}.resnets.{i}")(x, time)
                 if attends[level]:
@@ -102,7 +105,36 @@ class DiffusionModel(Network):
 
         # === Config ===
         self.arguments = arguments
-        self._joints = joints
+        self._joints, self._deep = joints, deep
+
+    @property
+    def reusing(self):
+        """Two models with the same layers, for steps that reuse what the deep layers of another step gave: one that
+        gives dict `prediction`, `deep` (B, h, w, C), what the last up block's last residual block gets from below; and
+        one that takes `deep` besides and computes the rest alone: `conv_in`, that block, its transformer, `conv_out`.
+
+        Reference: Ma et al. (2023), DeepCache: Accelerating Diffusion Models for Free, arXiv 2312.00858, section 3.2.
+        """
+        inputs, deep = dict(self.input), keras.Input(self._deep.shape[1:], None, self._deep.dtype, name="deep")
+        whole = keras.Model(inputs, {"prediction": self.output, "deep": self._deep}, name=self.name)
+        rest = keras.Model([*inputs.values(), self._deep], self.output)
+        return whole, keras.Model({**inputs, "deep": deep}, rest([*inputs.values(), deep]), name=self.name)
+
+    @contextlib.contextmanager
+    def merging_tokens(self, ratio):
+        """While this lasts, self-attention at the highest resolution merges so many of its tokens, 0 … 0.75; see
+        `keras_sd.layers.token_merging`. Models that share the layers do so, too."""
+        blocks = [x for x in self._blocks() if isinstance(x, SpatialTransformer) and not x.block.only_cross_attention]
+        last = len(self.arguments["block_out_channels"]) - 1
+        level = min((int(x.name.split(".")[1]) for x in blocks if x.name.startswith("down_blocks")), default=last)
+        outermost = [x for x in blocks if x.name.startswith((f"down_blocks.{level}.", f"up_blocks.{last - level}."))]
+        try:
+            for layer in outermost:
+                layer.token_merging = ratio
+            yield
+        finally:
+            for layer in outermost:
+                layer.token_merging = 0.0
 
     @property
     def controlled(self):
