@@ -1,4 +1,4 @@
-"""What two of Keras' backends need before our models run on them as they do elsewhere."""
+"""What three of Keras' backends need before our models run on them as they do elsewhere."""
 
 import keras
 
@@ -31,3 +31,14 @@ elif keras.backend.backend() == "openvino":
         return _compile_model(model, device_name, config)
 
     openvino.compile_model = _compile_as_typed
+
+
+def together(*tensors):
+    """The same tensors, none of which is there before all are. Without it TensorFlow widens all int8 kernels before the
+    first layer runs, as there is nothing that they wait for, and holds them at once. (Control dependencies do not do:
+    oneDNN fuses a padding with its convolution, and they become a cycle.)"""
+    if keras.backend.backend() != "tensorflow":
+        return tensors
+    import tensorflow as tf
+
+    return tf.identity_n([keras.ops.convert_to_tensor(tensor) for tensor in tensors])
