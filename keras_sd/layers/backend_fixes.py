@@ -33,12 +33,13 @@ elif keras.backend.backend() == "openvino":
     openvino.compile_model = _compile_as_typed
 
 
-def together(*tensors):
-    """The same tensors, none of which is there before all are. Without it TensorFlow widens all int8 kernels before the
-    first layer runs, as there is nothing that they wait for, and holds them at once. (Control dependencies do not do:
-    oneDNN fuses a padding with its convolution, and they become a cycle.)"""
+def after(x, value):
+    """The tensor `x`, and `value`, which is not there before it. Without this TensorFlow widens all int8 kernels before
+    the first layer runs, as there is nothing that they wait for, and holds them at once."""
     if keras.backend.backend() != "tensorflow":
-        return tensors
+        return x, value
     import tensorflow as tf
 
-    return tf.identity_n([keras.ops.convert_to_tensor(tensor) for tensor in tensors])
+    x = tf.ensure_shape(x, x.shape)  # or oneDNN would fuse a padding, the `x`, with its convolution: a cycle
+    with tf.control_dependencies([x]):
+        return x, tf.identity(value)

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
-from keras_sd.layers.backend_fixes import together
+from keras_sd.layers.backend_fixes import after
 
 
 def quantize_kernel(kernel):
@@ -45,7 +45,7 @@ class Int8Kernel:
         return ops.cast(kernel, self.compute_dtype) * ops.cast(self.kernel_scale, self.compute_dtype)
 
     def call(self, inputs, *args, **kwargs):
-        inputs, self._ready = together(inputs, self._kernel)
+        inputs, self._ready = after(inputs, self._kernel)
         try:
             return super().call(inputs, *args, **kwargs)
         finally:
