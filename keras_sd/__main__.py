@@ -9,6 +9,7 @@ import pathlib
 import sys
 import warnings
 
+FLOATS = "float32", "bfloat16", "float16"
 EPILOG = (
     "KERAS_BACKEND chooses tensorflow, jax, torch or openvino. KERAS_SD_TRACEBACK=1 shows where an error came from."
 )
@@ -59,10 +60,10 @@ def build_parser():
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--tokenizer", help="merges file or tokenizer folder, for a checkpoint that carries none")
     model.add_argument("--vae", metavar="PATH", help="another autoencoder: folder, .safetensors, .ckpt or hf://…")
-    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the models")
 
     draw = argparse.ArgumentParser(add_help=False, parents=[model])
     draw.add_argument("--preset", default="emoji", help="preset, path or hf://owner/name (default emoji)")
+    draw.add_argument("--dtype", choices=FLOATS, help="dtype of the models")
     draw.add_argument("--ckpt", help="a checkpoint on disk, instead of --preset")
     draw.add_argument("--negative-prompt", "--negative_prompt", default="", help="what to steer away from")
     draw.add_argument(
@@ -242,6 +243,7 @@ def build_parser():
     convert = commands.add_parser("convert", parents=[model], help="any format → any other")
     convert.add_argument("source", help="preset, path or hf://owner/name")
     convert.add_argument("target", help="what to write, a folder or .safetensors; nothing may be there")
+    convert.add_argument("--dtype", choices=(*FLOATS, "int8"), help="dtype of the weights (int8: of the U-Net)")
     convert.add_argument(
         "--format",
         choices=("diffusers", "single_file", "keras_cv"),
@@ -748,8 +750,9 @@ def convert_checkpoint(args):
     from keras_sd.convert import check_target, format_of, write_checkpoint
 
     format = args.format or format_of(args.target)
-    check_target(args.target, format)
-    write_checkpoint(open_model(args.source, args), args.target, format, args.dtype)
+    check_target(args.target, format, args.dtype)
+    weights, args.dtype = args.dtype, None if args.dtype == "int8" else args.dtype  # int8 is no dtype to compute in
+    write_checkpoint(open_model(args.source, args), args.target, format, weights)
     print(args.target)
 
 

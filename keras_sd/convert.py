@@ -16,6 +16,8 @@ import pathlib
 import shutil
 import warnings
 
+import numpy as np
+
 from keras_sd.weights.diffusers_folder import autoencoder_config, diffusion_model_config, text_encoder_config
 
 CLIP_VOCABULARY = 49408
@@ -26,17 +28,19 @@ def format_of(path):
     return {".safetensors": "single_file", ".h5": "keras_cv"}.get(pathlib.Path(path).suffix, "diffusers")
 
 
-def check_target(path, format):
+def check_target(path, format, dtype=None):
     """Raises where a checkpoint of a format cannot be written.
 
     Raises:
-        ValueError: there is no such format, or the ending is not its own.
+        ValueError: there is no such format, the ending is not its own, or it has no place for the dtype.
         OSError: something is there already, or it cannot be written.
     """
     from keras_sd.png import check_writable
 
     if format not in WRITERS:
         raise ValueError(f"format must be one of {', '.join(WRITERS)}; got {format!r}.")
+    if dtype and np.dtype(dtype) == "int8" and format != "diffusers":
+        raise ValueError(f"dtype int8 is for a folder in the diffusers layout; {format} has no place for the scales.")
     path = pathlib.Path(path)
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise ValueError(f"{str(path)!r}: checkpoints are written as .safetensors, never as {path.suffix}, a pickle.")
@@ -54,15 +58,16 @@ def write_checkpoint(sd, path, format=None, dtype=None):
         sd: the model; LoRAs that are loaded are merged in, and what is in memory alone is written, too.
         path: what to write; nothing may be there.
         format: "diffusers", "single_file" or "keras_cv"; by default what the ending of `path` stands for.
-        dtype: NumPy dtype of the weights, e.g. "float16"; by default that of the models.
+        dtype: NumPy dtype of the weights, e.g. "float16", or "int8" (`keras_sd.weights.int8`); by default that of the
+            models.
 
     Raises:
-        ValueError: the format has no place for a part of the model; the message names it.
+        ValueError: the format has no place for a part of the model, or for int8; the message names it.
         OSError: something is there already, or it cannot be written.
     """
     path = pathlib.Path(os.path.abspath(path))
     format = format_of(path) if format is None else format
-    check_target(path, format)
+    check_target(path, format, dtype)
     part = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         WRITERS[format](sd, part, dtype)

@@ -13,7 +13,9 @@ import warnings
 import keras
 import numpy as np
 
-from keras_sd.weights.assign import from_torch_layout, state_dict_key, to_torch_layout
+from keras_sd.layers.int8 import refuse_int8
+from keras_sd.models.network import forget_traces
+from keras_sd.weights.assign import from_torch_layout, kernel_layers, to_torch_layout
 from keras_sd.weights.lora import delta, module_table, read_lora
 
 # Names of layers as in a diffusers state dict, of the U-Net and of the text encoder.
@@ -46,10 +48,11 @@ def add_lora(model, rank=8, alpha=None, targets=("attention",), seed=0):
         the names of the layers.
 
     Raises:
-        ValueError: a target matches no layer, the rank is too small, or the model has factors already.
+        ValueError: a target matches no layer, the rank is too small, or the model has factors already or int8 weights.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1; got {rank!r}.")
+    refuse_int8(model, "add_lora")
     if lora_layers(model):
         raise ValueError(f"The {model.name} has LoRA factors already; fuse or remove them first.")
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
@@ -118,26 +121,9 @@ def remove_lora(model, fuse=False):
     return bool(layers)
 
 
-def kernel_layers(model):
-    """dict name → layer, of all Dense and Conv2D layers."""
-    kinds = keras.layers.Dense, keras.layers.Conv2D
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, kinds)]
-    return {_layer_name(layer._kernel): layer for layer in layers}
-
-
 def lora_layers(model):
     """dict name → layer, of those that have factors."""
     return {name: layer for name, layer in kernel_layers(model).items() if layer.lora_enabled}
-
-
-def _layer_name(kernel):
-    return state_dict_key(kernel).removesuffix(".weight")
-
-
-def forget_traces(model):
-    """Lets the next call of `fit`, `predict` … compile anew: what was compiled knows the old variables."""
-    model.train_function = model.test_function = model.predict_function = None
-    model.ov_compiled_model = None
 
 
 # === Adapters merged into the weights ===
@@ -165,6 +151,7 @@ class Adapters:
         if name in self.scales:
             raise ValueError(f"A LoRA {name!r} is loaded already; unload it, change its scale, or give another name.")
         _check_scale(scale)
+        refuse_int8(self.models["unet"](), "load_lora")
         kernels = {component: self._kernels(component) for component in self.models}
         shapes = {c: {layer: _torch_shape(kernel) for layer, kernel in k.items()} for c, k in kernels.items()}
         arguments = self.models["unet"]().arguments

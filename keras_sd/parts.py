@@ -11,6 +11,7 @@ from keras_sd.denoiser import Denoiser
 from keras_sd.lora import Adapters, add_lora, lora_factors, lora_layers, remove_lora, target_layers
 from keras_sd.presets import locate
 from keras_sd.scheduler_config import read_scheduler_config
+from keras_sd.weights.int8 import quantize
 from keras_sd.weights.lora import write_lora
 from keras_sd.weights.textual_inversion import read_textual_inversion
 
@@ -197,7 +198,8 @@ class Parts:
 
         Args:
             folder: where to; each file appears under its name when it is complete, `model_index.json` last.
-            dtype: NumPy dtype of the weights, e.g. "float16"; by default that of the models.
+            dtype: NumPy dtype of the weights, e.g. "float16"; by default that of the models. "int8" is the U-Net's, the
+                others then keep theirs, and diffusers does not open it; see `keras_sd.weights.int8`.
         """
         from keras_sd.weights.diffusers_folder import write_folder
 
@@ -214,6 +216,18 @@ class Parts:
             self.checkpoint.upscaler(),
             self.checkpoint.companions(),
         )
+
+    def quantize(self):
+        """Makes the U-Net's kernels int8, for good, as `save_preset` then writes them; see `keras_sd.weights.int8`.
+
+        Raises:
+            ValueError: LoRAs are loaded: they are fused or unloaded before.
+        """
+        if self.loras or lora_layers(self.diffusion_model):
+            raise ValueError("quantize() makes loaded LoRAs a part of the weights: fuse_lora() or unload_lora() first.")
+        self._keep("diffusion_model")
+        quantize(self.diffusion_model)
+        self._forget_step(traces=True)
 
     # === LoRA ===
 

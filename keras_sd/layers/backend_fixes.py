@@ -1,4 +1,4 @@
-"""What two of Keras' backends need before our models run on them as they do elsewhere."""
+"""What three of Keras' backends need before our models run on them as they do elsewhere."""
 
 import keras
 
@@ -57,3 +57,15 @@ elif keras.backend.backend() == "openvino":
         return _compile_model(model, device_name, config)
 
     openvino.compile_model = _compile_as_typed
+
+
+def after(x, value):
+    """The tensor `x`, and `value`, which is not there before it. Without this TensorFlow widens all int8 kernels before
+    the first layer runs, as there is nothing that they wait for, and holds them at once."""
+    if keras.backend.backend() != "tensorflow":
+        return x, value
+    import tensorflow as tf
+
+    x = tf.ensure_shape(x, x.shape)  # or oneDNN would fuse a padding, the `x`, with its convolution: a cycle
+    with tf.control_dependencies([x]):
+        return x, tf.identity(value)

@@ -14,3 +14,9 @@ class Network(FixedShapes, keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         return cls(**config)
+
+
+def forget_traces(model):
+    """Lets the next call of `fit`, `predict` … compile anew: what was compiled knows the old variables."""
+    model.train_function = model.test_function = model.predict_function = None
+    model.ov_compiled_model = None

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd.layers import timestep_embedding
+from keras_sd.layers.int8 import refuse_int8
 from keras_sd.training import objective
 from keras_sd.training.optimizers import GuardedOptimizer
 
@@ -42,7 +43,8 @@ class DiffusionTrainer(keras.Model):
         float32 (B,), the weighted mean squared error of each item.
 
     Raises:
-        ValueError: an argument is out of its range, or the batch holds what there is no encoder for.
+        ValueError: an argument is out of its range, the batch holds what there is no encoder for, or the diffusion
+            model's weights are int8.
 
     Example:
         trainer = DiffusionTrainer(sd.diffusion_model, sd.scheduler[0], min_snr_gamma=5.0)
@@ -68,6 +70,7 @@ class DiffusionTrainer(keras.Model):
         gradient_checkpointing=False,
     ):
         super().__init__(name="diffusion_trainer")
+        refuse_int8(diffusion_model, "Training")
         _check("offset_noise", offset_noise, offset_noise >= 0, "0 or more")
         _check("caption_dropout", caption_dropout, 0 <= caption_dropout <= 1, "from 0 to 1")
         _check("prior_weight", prior_weight, prior_weight >= 0, "0 or more")

@@ -14,6 +14,7 @@ from keras.src.backend.common import global_state
 from keras_sd.weights.files import let_go
 
 SUFFIXES = {"kernel": "weight", "gamma": "weight", "embeddings": "weight", "beta": "bias", "bias": "bias"}
+SUFFIXES["kernel_scale"] = "weight_scale"  # of int8 kernels, see `keras_sd.weights.int8`
 
 
 def state_dict_key(variable):
@@ -36,6 +37,13 @@ def without_values():
             yield
     finally:
         global_state.set_global_attribute(pending, earlier)
+
+
+def kernel_layers(model):
+    """dict name → layer, of all Dense and Conv2D layers."""
+    kinds = keras.layers.Dense, keras.layers.Conv2D
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, kinds)]
+    return {state_dict_key(layer._kernel).removesuffix(".weight"): layer for layer in layers}
 
 
 def from_torch_layout(array):

@@ -4,13 +4,17 @@ Reference: the configs and state dicts of diffusers 0.42 and transformers 5, and
 of their fields.
 """
 
+import functools
 import pathlib
 import re
 import shutil
 
+import numpy as np
+
 from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
 from keras_sd.weights.assign import assign_state_dict, to_state_dict, without_values
 from keras_sd.weights.files import atomic_file, read_arrays, read_json, write_json, write_safetensors
+from keras_sd.weights.int8 import expect_int8, float_state_dict, int8_state_dict
 
 COMPONENTS = ("text_encoder", "unet", "vae")
 COMPANIONS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -301,6 +305,7 @@ def build_diffusion_model(config, arrays, source, dtype=None):
     """A `DiffusionModel` with the given weights."""
     with without_values():
         model = DiffusionModel(**diffusion_model_arguments(config), dtype=dtype)
+        expect_int8(model, arrays, source)
     assign_state_dict(model, unet_state_dict(arrays, model.arguments["use_linear_projection"]), source)
     return model
 
@@ -331,12 +336,14 @@ def write_component(folder, component, config, models, dtype=None):
         component: "text_encoder", "unet" or "vae".
         config: dict for `config.json`.
         models: the Keras models whose variables the file holds.
-        dtype: NumPy dtype to store the weights in; by default that of the variables.
+        dtype: NumPy dtype to store the weights in; by default that of the variables. "int8" is kernels in int8, and
+            the rest in that of the variables, see `keras_sd.weights.int8`.
     """
     folder = pathlib.Path(folder) / component
-    arrays = {key: array for model in models for key, array in to_state_dict(model).items()}
+    state_dict = to_state_dict
     if dtype:
-        arrays = {key: array.astype(dtype) for key, array in arrays.items()}
+        state_dict = int8_state_dict if np.dtype(dtype) == "int8" else functools.partial(float_state_dict, dtype=dtype)
+    arrays = {key: array for model in models for key, array in state_dict(model).items()}
     write_json(folder / "config.json", config)
     write_safetensors(folder / WEIGHT_FILES[component][0], arrays)
 
@@ -362,7 +369,8 @@ def write_folder(
         text_encoder, diffusion_model, image_encoder, decoder: the four models.
         scheduler: config of the scheduler, a dict in the fields of diffusers.
         image_size: default (height, width) in pixels.
-        dtype: NumPy dtype of the weights; by default that of the variables.
+        dtype: NumPy dtype of the weights; by default that of the variables. "int8" is the U-Net's, see
+            `keras_sd.weights.int8`; the others then keep that of their variables.
         upscaler: of a ×4 upscaler, (config of the low-resolution picture's scheduler, largest noise level).
         companions: what is copied beside it, as `companions` gives it.
     """
@@ -370,9 +378,10 @@ def write_folder(
     factor = 2 ** (len(decoder.arguments["block_out_channels"]) - 1)
     side = max(image_size)
     tokenizer.save(folder / "tokenizer")
-    write_component(folder, "text_encoder", text_encoder_config(text_encoder, tokenizer), [text_encoder], dtype)
+    other = None if dtype and np.dtype(dtype) == "int8" else dtype
+    write_component(folder, "text_encoder", text_encoder_config(text_encoder, tokenizer), [text_encoder], other)
     write_component(folder, "unet", diffusion_model_config(diffusion_model, side // factor), [diffusion_model], dtype)
-    write_component(folder, "vae", autoencoder_config(decoder, side), [image_encoder, decoder], dtype)
+    write_component(folder, "vae", autoencoder_config(decoder, side), [image_encoder, decoder], other)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {**MODEL_INDEX, "scheduler": ["diffusers", scheduler["_class_name"]]}
     for name, (source, entry) in (companions or {}).items():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_sd.weights.assign import to_state_dict
 from keras_sd.weights.files import read_arrays, read_metadata, write_safetensors
+from keras_sd.weights.int8 import float_state_dict
 
 UNET, VAE, TEXT, OPEN_CLIP = (
     "model.diffusion_model.",
@@ -358,8 +358,7 @@ def write_single_file(path, models, config, dtype=None):
     """
     components = {}
     for name, parts in models.items():
-        arrays = {key: array for part in parts for key, array in to_state_dict(part).items()}
-        components[name] = {key: array.astype(dtype) for key, array in arrays.items()} if dtype else arrays
+        components[name] = {key: array for part in parts for key, array in float_state_dict(part, dtype).items()}
     open_clip = config["text_encoder"]["hidden_act"] == "gelu"
     arrays = to_single_file(components, open_clip)
     again = split_single_file(arrays)
