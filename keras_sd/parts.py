@@ -3,6 +3,7 @@
 import functools
 import gc
 import pathlib
+from contextlib import nullcontext
 
 import keras
 
@@ -13,6 +14,7 @@ from keras_sd.presets import locate
 from keras_sd.scheduler_config import read_scheduler_config
 from keras_sd.weights.int8 import quantize
 from keras_sd.weights.lora import write_lora
+from keras_sd.weights.streaming import settle, streamed, trim
 from keras_sd.weights.textual_inversion import read_textual_inversion
 
 
@@ -38,7 +40,7 @@ class Parts:
         token_merging=0.0,
     ):
         self.preset, self.dtype, self.jit_compile = preset, dtype, jit_compile
-        self.two_pass_guidance = two_pass_guidance or low_memory
+        self.two_pass_guidance = two_pass_guidance
         self.vae_slicing, self.vae_tiling = (True, True) if low_memory else (vae_slicing, vae_tiling)
         self.low_memory = low_memory
         self.cache_interval = check_integer("cache_interval", cache_interval, 1)
@@ -175,13 +177,17 @@ class Parts:
             self._forget_step(traces=True)
             model = None
             gc.collect()  # models and their compiled functions refer to each other
-        model = self._replaceable[name] = self._compiled((read or getattr(self.checkpoint, name))(self.dtype))
+            trim()
+        # XLA cannot read a file
+        with streamed() if self.low_memory and name == "diffusion_model" and not self.jit_compile else nullcontext():
+            model = (read or getattr(self.checkpoint, name))(self.dtype)
+        self._replaceable[name] = self._compiled(model)
         return model
 
     def _keep(self, *names):
         """Models that are going to be changed: read again, they would be what they were."""
         for name in names:
-            getattr(self, name)
+            settle(getattr(self, name))
             self._replaceable.pop(name, None)
 
     def _argument(self, name, key):

@@ -18,9 +18,9 @@ MAX_HEADS = 16  # of a batch, that many scores of each of which are computed at 
 def dot_product_attention(query, key, value, is_causal=False, softmax_dtype="float32"):
     """Scaled dot-product attention.
 
-    The fused kernels that Keras exposes on JAX, torch and OpenVINO are used where they can be. Elsewhere, once there are
-    too many scores, heads are taken one after the other, and the queries of each in chunks (Rabe &
-    Staats, 2021, arXiv 2112.05682; here only the queries are split, so that the softmax stays exact).
+    The fused kernels that Keras exposes on JAX, torch and OpenVINO are used where they can be. Elsewhere, once there
+    are too many scores, heads are taken one after the other, and the queries of each in chunks (Rabe & Staats, 2021,
+    arXiv 2112.05682; here only the queries are split, so that the softmax stays exact).
 
     Args:
         query: (B, N, heads, head_dim).

@@ -1,6 +1,10 @@
 """What three of Keras' backends need before our models run on them as they do elsewhere."""
 
+import contextlib
+import threading
+
 import keras
+import numpy as np
 
 
 class FixedShapes:
@@ -23,9 +27,31 @@ class FixedShapes:
             self.struct_outputs = self(keras.tree.pack_sequence_as(data, inputs))
             results = [opset16.result(output.output) for output in keras.tree.flatten(self.struct_outputs)]
             self._n_main_outputs, self._output_mask_indices = len(results), {}
-            self.ov_compiled_model = openvino.compile_model(openvino.Model(results, nodes), "CPU")
+            with given_back([v.value.let_go for v in self.variables if hasattr(v.value, "let_go")]):
+                self.ov_compiled_model = openvino.compile_model(openvino.Model(results, nodes), "CPU")
             self.ov_input_shapes = shapes
         return self.ov_compiled_model
+
+
+@contextlib.contextmanager
+def given_back(files):
+    """While OpenVINO packs weights that lie in files, calls the functions that give back the memory of their pages."""
+    done = threading.Event()
+
+    def watch():
+        while not done.wait(0.05):
+            for let_go in files:
+                let_go()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for let_go in files:
+            let_go()
 
 
 if keras.backend.backend() == "torch":
@@ -69,3 +95,18 @@ def after(x, value):
     x = tf.ensure_shape(x, x.shape)  # or oneDNN would fuse a padding, the `x`, with its convolution: a cycle
     with tf.control_dependencies([x]):
         return x, tf.identity(value)
+
+
+def read_in_graph(read, shape, dtype):
+    """What the function `read` gives, a NumPy array: a tensor. In a graph of TensorFlow it is called in every run, and
+    not before what the graph computes so far is there: all at once would be all of the weights."""
+    import tensorflow as tf
+
+    if tf.executing_eagerly():
+        return keras.ops.convert_to_tensor(read())
+    bits = f"uint{8 * np.dtype(dtype).itemsize}"  # NumPy has no bfloat16 of its own
+    made = reversed(tf.compat.v1.get_default_graph().get_operations())
+    before = [next(op for op in made if op.inputs and op.type != "Pad")]  # which oneDNN makes a part of the convolution
+    with tf.control_dependencies(before):
+        value = tf.numpy_function(lambda: read().view(bits), [], bits)
+    return tf.bitcast(tf.ensure_shape(value, shape), tf.as_dtype(dtype))

@@ -4,6 +4,16 @@ import keras
 from keras import ops
 
 
+MAX_BAND = 2**19  # numbers that are normalized at once: 2 MB in float32, which the cache holds
+
+
+def _pieces(height, row):
+    """Into how many bands of whole rows a picture is divided, 1 where its size is unknown or small."""
+    if keras.backend.backend() != "tensorflow" or None in (height, row) or height * row <= 16 * MAX_BAND:
+        return 1
+    return next(n for n in range(1, height + 1) if height % n == 0 and height * row <= n * MAX_BAND or n == height)
+
+
 @keras.saving.register_keras_serializable(package="keras_sd")
 class GroupNorm(keras.layers.GroupNormalization):
     """`keras.layers.GroupNormalization` with fewer passes over memory.
@@ -25,11 +35,28 @@ class GroupNorm(keras.layers.GroupNormalization):
         return input_shape
 
     def call(self, x):
-        channels = x.shape[-1]
+        _, height, width, channels = x.shape
+        pieces = _pieces(height, width * channels)
+        if pieces > 1:
+            return self._in_pieces(x, pieces)
         wide = ops.cast(x, "float32")
         mean = self._group_mean(ops.mean(wide, axis=(1, 2), keepdims=True), channels)
         variance = self._group_mean(ops.mean(ops.square(wide - mean), axis=(1, 2), keepdims=True), channels)
         return self.normalize(wide, mean, variance)
+
+    def _in_pieces(self, x, pieces):
+        """The same, in bands of rows that the cache holds; statistics merged as in Chan et al. (1983), equation 2.1."""
+        _, height, width, channels = x.shape
+        bands = ops.reshape(x, (-1, height // pieces, width, channels))
+        indices = ops.arange(ops.shape(bands)[0])
+        mean, variance = ops.map(lambda i: ops.moments(ops.cast(bands[i], "float32"), axes=[0, 1]), indices)
+        mean, variance = (ops.reshape(one, (-1, pieces, 1, 1, channels)) for one in (mean, variance))
+        whole = self._group_mean(ops.mean(mean, axis=1), channels)
+        variance = self._group_mean(ops.mean(variance + ops.square(mean - whole[:, None]), axis=1), channels)
+        normalized = ops.map(
+            lambda i: self.normalize(bands[i][None], whole[i // pieces, None], variance[i // pieces, None])[0], indices
+        )
+        return ops.reshape(normalized, (-1, height, width, channels))
 
     def normalize(self, x, mean, variance):
         """Normalizes with given statistics, (B, 1, 1, C), each channel's being those of its group."""

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 from keras.src.backend.common import global_state
 
+from keras_sd.weights import streaming
 from keras_sd.weights.files import let_go
 
 SUFFIXES = {"kernel": "weight", "gamma": "weight", "embeddings": "weight", "beta": "bias", "bias": "bias"}
@@ -87,11 +88,16 @@ def set_value(variable, array):
     """Assigns a NumPy array, or makes it the first value of a variable without one."""
     axes = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
     stored, order = array.transpose(axes), [axes.index(axis) for axis in range(array.ndim)]  # as it lies in the file
+
+    def convert(tensor):  # the backend's transpose takes an eighth of the time that NumPy's does
+        return ops.cast(ops.transpose(tensor, order) if order != sorted(order) else tensor, variable.dtype)
+
+    if streaming.wanted(stored):
+        return streaming.stream(variable, stored, convert)
     if keras.backend.backend() == "openvino":
         value = _openvino_value(stored, order, variable.dtype)
-    else:  # the backend's transpose takes an eighth of the time that NumPy's does
-        value = ops.convert_to_tensor(stored if array.ndim > 1 else stored.copy())
-        value = ops.cast(ops.transpose(value, order) if order != sorted(order) else value, variable.dtype)
+    else:
+        value = convert(ops.convert_to_tensor(stored if array.ndim > 1 else stored.copy()))
     if getattr(variable, "_value", variable) is None:
         variable._initialize(value)
         variable._initializer = None
@@ -110,7 +116,7 @@ def _openvino_value(stored, order, dtype):
     tensor = openvino.Tensor(bits, openvino.Shape(stored.shape), OPENVINO_DTYPES[dtype])
     constant = opset16.constant(tensor, shared_memory=True)
     value = OpenVINOKerasTensor((constant if order == sorted(order) else opset16.transpose(constant, order)).output(0))
-    value.stored = bits  # OpenVINO does not keep it alive
+    value.let_go = lambda: let_go(bits)  # which also keeps the array alive: OpenVINO does not
     return value
 
 
