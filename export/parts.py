@@ -95,6 +95,7 @@ def parts(sd, height, width, batch_size=1):
     """
     if keras.backend.backend() != "tensorflow":
         raise ValueError(f"Files are written on the TensorFlow backend; this is {keras.backend.backend()}.")
+    sd.keep("text_encoder", "diffusion_model", "decoder")
     for model in (sd.text_encoder, sd.diffusion_model, sd.decoder):
         policies = {layer.dtype_policy.name for layer in model.layers if layer.weights} - {"float32"}
         if policies:

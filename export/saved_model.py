@@ -57,6 +57,7 @@ def export_saved_models(
     if taken:
         raise FileExistsError(f"{taken[0]} exists; versions are never overwritten. Free: {_next_version(out, only)}.")
 
+    sd.keep("text_encoder", "diffusion_model", "image_encoder", "decoder")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as staging:
         folders = {name: Path(staging) / name / str(version) for name in only}

@@ -172,14 +172,14 @@ class _Step(Denoiser):
         batch, timestep = tf.shape(latent)[0], inputs["row"][:, TIMESTEP]
         working = inputs["row"][:, INPUT_SCALE] != 0.0
         guided = tf.where(tf.reduce_any(working & (inputs["row"][:, GUIDANCE] != 1.0)), batch, 0)
-        both = self._predict(
+        both, _ = self._predict(
             tf.concat([latent[:guided], latent], axis=0),
             tf.concat([timestep[:guided], timestep], axis=0),
             tf.concat([inputs["unconditional_context"][:guided], inputs["context"]], axis=0),
         )
         conditional = both[guided:]
         unconditional = both[:batch]  # the conditional half itself where there is no other
-        return unconditional + guidance * (conditional - unconditional)
+        return unconditional + guidance * (conditional - unconditional), None
 
 
 class _Loop:

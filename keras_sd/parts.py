@@ -41,7 +41,9 @@ class Parts:
     ):
         self.preset, self.dtype, self.jit_compile = preset, dtype, jit_compile
         self.two_pass_guidance = two_pass_guidance
-        self.vae_slicing, self.vae_tiling = (True, True) if low_memory else (vae_slicing, vae_tiling)
+        self.vae_slicing, self.vae_tiling = vae_slicing, vae_tiling
+        if low_memory:  # OpenVINO would compile every band
+            self.vae_slicing, self.vae_tiling = True, keras.backend.backend() != "openvino" or vae_tiling
         self.low_memory = low_memory
         self.cache_interval = check_integer("cache_interval", cache_interval, 1)
         self.token_merging = check_ratio("token_merging", token_merging)
@@ -184,8 +186,8 @@ class Parts:
         self._replaceable[name] = self._compiled(model)
         return model
 
-    def _keep(self, *names):
-        """Models that are going to be changed: read again, they would be what they were."""
+    def keep(self, *names):
+        """Reads models whole and holds them, with `low_memory` too: they are going to be changed, or written."""
         for name in names:
             settle(getattr(self, name))
             self._replaceable.pop(name, None)
@@ -231,7 +233,7 @@ class Parts:
         """
         if self.loras or lora_layers(self.diffusion_model):
             raise ValueError("quantize() makes loaded LoRAs a part of the weights: fuse_lora() or unload_lora() first.")
-        self._keep("diffusion_model")
+        self.keep("diffusion_model")
         quantize(self.diffusion_model)
         self._forget_step(traces=True)
 
@@ -255,7 +257,7 @@ class Parts:
         """
         path = pathlib.Path(path)
         name = (path.stem if path.is_file() else path.name) if name is None else name
-        self._keep("diffusion_model", "text_encoder")
+        self.keep("diffusion_model", "text_encoder")
         self._adapters.load(path, scale, name)
         self._forget_step()
         return name
@@ -285,7 +287,7 @@ class Parts:
             number of layers that have factors now.
         """
         targets = (targets,) if isinstance(targets, str) else targets
-        self._keep("diffusion_model", *(["text_encoder"] if text_encoder else []))
+        self.keep("diffusion_model", *(["text_encoder"] if text_encoder else []))
         layers = add_lora(self.diffusion_model, rank, alpha, targets, seed)
         if text_encoder:
             targets = [target for target in targets if target_layers(self.text_encoder, target)]

@@ -43,7 +43,9 @@ class StableDiffusion(Parts):
         vae_tiling: encode and decode a picture in bands that overlap, with the same result (see `keras_sd.tiling`); by
             default where it has more than 2²⁰ pixels.
         low_memory: hold one of the four models at a time: each is read from the preset's files when its turn comes, and
-            the one before is given up. Implies the other three. Models that were assigned, or have LoRAs, are kept.
+            the one before is given up. On TensorFlow the U-Net's weights stay in their file, too, which must not change
+            meanwhile: each is read when its layer runs. Implies slicing and, except on OpenVINO, tiling. Models that
+            were assigned, or have LoRAs, are kept.
         vae: another autoencoder: folder, file or `hf://owner/name[/file]`; see `keras_sd.weights.vae`.
         safety_checker: True for the preset's own, or the folder or `hf://owner/name` of another one; by default
             pictures are not checked. Those that it flags come back black, and `flagged` then says which: a list with a

@@ -3,15 +3,16 @@
 import keras
 from keras import ops
 
-
 MAX_BAND = 2**19  # numbers that are normalized at once: 2 MB in float32, which the cache holds
 
 
-def _pieces(height, row):
+def _pieces(height, width, channels):
     """Into how many bands of whole rows a picture is divided, 1 where its size is unknown or small."""
-    if keras.backend.backend() != "tensorflow" or None in (height, row) or height * row <= 16 * MAX_BAND:
+    unknown = None in (height, width)
+    if keras.backend.backend() != "tensorflow" or unknown or height * width * channels <= 16 * MAX_BAND:
         return 1
-    return next(n for n in range(1, height + 1) if height % n == 0 and height * row <= n * MAX_BAND or n == height)
+    fewest = -(-height * width * channels // MAX_BAND)
+    return next(n for n in range(min(fewest, height), height + 1) if height % n == 0)
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
@@ -36,7 +37,7 @@ class GroupNorm(keras.layers.GroupNormalization):
 
     def call(self, x):
         _, height, width, channels = x.shape
-        pieces = _pieces(height, width * channels)
+        pieces = _pieces(height, width, channels)
         if pieces > 1:
             return self._in_pieces(x, pieces)
         wide = ops.cast(x, "float32")

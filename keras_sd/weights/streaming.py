@@ -14,7 +14,7 @@ import numpy as np
 from keras_sd.layers.backend_fixes import read_in_graph
 from keras_sd.weights.files import let_go
 
-MIN_BYTES = 2**18  # smaller arrays are not worth it
+MIN_BYTES = 2**18  # smaller arrays are not worth it; and a bias that waits for its product could not be fused with it
 _streaming = contextvars.ContextVar("streaming", default=False)
 
 
@@ -31,7 +31,7 @@ def streamed():
 
 def wanted(array):
     """Whether an array stays in its file."""
-    return _streaming.get() and array.nbytes >= MIN_BYTES
+    return _streaming.get() and array.ndim > 1 and array.nbytes >= MIN_BYTES
 
 
 def stream(variable, stored, convert):
