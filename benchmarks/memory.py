@@ -7,6 +7,7 @@ Whole pictures read their models from `runs/full_size`, which is written before,
 """
 
 import argparse
+import os
 
 import numpy as np
 
@@ -15,18 +16,19 @@ from benchmarks.inference import open_diffusers
 from benchmarks.paired import in_turn, peak_memory, process, ratios, spread
 
 
-def picture(**options):
+def picture(backend="tensorflow", **options):
     """Text to picture, two denoising steps: more cost time, not memory."""
+    os.environ["KERAS_BACKEND"] = backend
     from keras_sd import StableDiffusion
 
-    sd = StableDiffusion.from_preset(FOLDER, **options)
+    sd = StableDiffusion.from_preset(FOLDER, dtype="bfloat16", **options)
     image = sd.text_to_image("an apple", num_steps=2, seed=0, progress=False)
     assert np.ptp(image) > 0
 
 
-def diffusers():
+def diffusers(channels_last):
     """The same with diffusers."""
-    open_diffusers(FOLDER, "bfloat16")("an apple", num_inference_steps=2, output_type="np")
+    open_diffusers(FOLDER, "bfloat16", channels_last)("an apple", num_inference_steps=2, output_type="np")
 
 
 def network(side, dtype="bfloat16", batch=1):
@@ -51,14 +53,16 @@ def decode(height, width, dtype, **options):
     assert sd.decode(latent).shape == (1, height, width, 3)
 
 
-CASES = {
-    "picture": ("text to a 512×512 picture, bfloat16", lambda: picture(dtype="bfloat16")),
-    "two_passes": (
-        "the same, `two_pass_guidance=True`",
-        lambda: picture(dtype="bfloat16", two_pass_guidance=True),
-    ),
-    "low_memory": ("the same, `low_memory=True`", lambda: picture(dtype="bfloat16", low_memory=True)),
-    "diffusers": ("text to a 512×512 picture, bfloat16, diffusers, channels last", diffusers),
+PICTURES = {  # name: what is drawn with, how
+    "picture": ("TensorFlow", picture),
+    "two_passes": ("TensorFlow, `two_pass_guidance=True`", lambda: picture(two_pass_guidance=True)),
+    "low_memory": ("TensorFlow, `low_memory=True`", lambda: picture(low_memory=True)),
+    "openvino": ("OpenVINO", lambda: picture("openvino")),
+    "openvino_low_memory": ("OpenVINO, `low_memory=True`", lambda: picture("openvino", low_memory=True)),
+    "diffusers": ("diffusers", lambda: diffusers(False)),
+    "diffusers_channels_last": ("diffusers, channels last", lambda: diffusers(True)),
+}
+PARTS = {
     "network_1024": ("U-Net, one pass at 1024×1024, bfloat16", lambda: network(1024)),
     "decode_1024": (
         "decoder, 1024×1024, float32, `vae_tiling=False`",
@@ -69,9 +73,10 @@ CASES = {
         lambda: decode(1024, 1024, "float32", vae_tiling=True),
     ),
     "decode_4k": ("decoder, 3840×2160, bfloat16", lambda: decode(2160, 3840, "bfloat16")),
-    "decode_4k_float32": ("decoder, 3840×2160, float32", lambda: decode(2160, 3840, "float32")),
 }
-AGAINST_DIFFUSERS = ("picture", "two_passes", "low_memory")
+CASES = {**PICTURES, **PARTS}
+GROUPS = {"pictures": PICTURES, "parts": PARTS}
+OURS, PEERS = [*PICTURES][:-2], [*PICTURES][-2:]
 
 
 def run(*arguments):
@@ -97,19 +102,20 @@ def main():
         CASES[args.case][1]()
         return print(round(peak_memory() / 1e9, 2))
     write_apart()
-    rounds = in_turn("memory", "all", [*CASES], args.rounds, measured, args.fresh)
-    print(table(rounds))
-    for name in AGAINST_DIFFUSERS:
-        print(f"{name} / diffusers: {spread(ratios(rounds, name, 'diffusers', 'peak_memory'))}")
+    for group in GROUPS:
+        print(table(in_turn("memory", group, [*GROUPS[group]], args.rounds, measured, args.fresh), group))
 
 
-def table(rounds):
-    """Markdown: the peak of every case in GB, the median of its rounds."""
-    lines = ["| what | peak GB |", "|---|---|"]
-    for name, (description, _) in CASES.items():
+def table(rounds, group):
+    """Markdown: the peak of every case in GB, the median of its rounds, and of pictures the ratios to diffusers'."""
+    peers = PEERS if group == "pictures" else ()
+    head = [group, "peak GB", *(f"/ {PICTURES[peer][0]}" for peer in peers)]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name, (description, _) in GROUPS[group].items():
         peaks = [one[name]["peak_memory"] / 1e9 for one in rounds if "peak_memory" in one.get(name, {})]
-        lines.append(f"| {description} | {np.median(peaks):.2f} |" if peaks else f"| {description} | – |")
-    return "\n".join(lines)
+        shares = (spread(ratios(rounds, name, peer, "peak_memory")) for peer in peers)
+        rows.append([description, f"{np.median(peaks):.2f}" if peaks else "–", *shares])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 if __name__ == "__main__":

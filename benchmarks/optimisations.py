@@ -69,13 +69,77 @@ def two_passes():
     Parts.__init__.__kwdefaults__["two_pass_guidance"] = True
 
 
+def whole_scores():
+    put("keras_sd.layers.attention", "MAX_SCORES", 2**62)
+    put("keras_sd.layers.attention", "MAX_HEADS", 2**62)
+
+
+def wide_softmax():
+    put("keras_sd.layers.attention", "Attention._softmax_dtype", lambda self: "float32")
+
+
+def narrow_gelu():
+    from keras import ops
+
+    def call(self, x):
+        value, gate = ops.split(self.proj(x), 2, axis=-1)
+        return value * ops.gelu(gate, approximate=False)
+
+    put("keras_sd.layers.attention", "GEGLU.call", call)
+
+
+def whole_norms():
+    put("keras_sd.layers.group_norm", "MAX_BAND", 2**62)
+
+
+def open_batch():
+    import keras
+
+    put("keras_sd.layers.backend_fixes", "FixedShapes._get_compiled_model", keras.Model._get_compiled_model)
+
+
+def kept_pages():
+    put("keras_sd.layers.backend_fixes", "given_back", lambda files: contextlib.nullcontext())
+
+
+def one_product():
+    from keras import ops
+
+    from keras_sd.layers.attention import Attention, dot_product_attention
+
+    separate = Attention.call
+
+    def call(self, x, context=None):
+        if context is not None or self.query.use_bias:
+            return separate(self, x, context)
+        kernel = ops.concatenate([layer.kernel for layer in (self.query, self.key, self.value)], axis=1)
+        query, key, value = (self._split(one) for one in ops.split(ops.matmul(x, kernel), 3, axis=-1))
+        attended = dot_product_attention(query, key, value, softmax_dtype=self._softmax_dtype())
+        return self.output_projection(ops.reshape(attended, (-1, *self._length(x), self.dim)))
+
+    put("keras_sd.layers.attention", "Attention.call", call)
+
+
+def decoding(preset, steps):
+    """Seconds of the decoder."""
+    import numpy as np
+
+    from keras_sd import StableDiffusion
+
+    sd = StableDiffusion.from_preset(preset, dtype="bfloat16")
+    latent, ticks = np.zeros((1, *sd.latent_shape()), "float32"), []
+    for _ in range(3):
+        start = clock()
+        sd.decode(latent)
+        ticks.append(clock() - start)
+    return ticks[1:]
+
+
 OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
-    "chunks": (
-        "attention in chunks of queries, instead of the whole score matrix",
-        "tensorflow",
-        step,
-        lambda: put("keras_sd.layers.attention", "MAX_SCORES", 2**62),
-    ),
+    "pieces": ("attention in pieces that the cache holds, instead of all scores", "tensorflow", step, whole_scores),
+    "softmax": ("softmax of bfloat16 scores as they are, instead of in float32", "tensorflow", step, wide_softmax),
+    "gelu": ("GELU in float32, instead of bfloat16", "tensorflow", step, narrow_gelu),
+    "bands": ("group normalization in bands that the cache holds", "tensorflow", decoding, whole_norms),
     "group_norm": ("`GroupNorm`, instead of Keras' own", "tensorflow", step, keras_group_norm),
     "one_pass": ("guidance in one batched pass, instead of two", "tensorflow", step, two_passes),
     "without_values": (
@@ -84,6 +148,9 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
         loading,
         lambda: put("keras_sd.weights.diffusers_folder", "without_values", contextlib.nullcontext),
     ),
+    "fixed_shapes": ("compiled for the batch at hand, instead of any", "openvino", step, open_batch),
+    "pages": ("pages of the file given back while OpenVINO packs weights", "openvino", step, kept_pages),
+    "separate": ("queries, keys and values in three products, instead of one", "tensorflow", step, one_product),
 }
 
 

@@ -20,13 +20,13 @@ PACKAGES = "tensorflow keras openvino torch diffusers transformers keras-cv nump
 # === One run ===
 
 
-def process(*arguments, limit=3600):
+def process(*arguments, limit=3600, **environment):
     """Runs `python …` afresh: (seconds, what it printed). RuntimeError with its last words where it fails."""
     start = time.perf_counter()
     try:
         done = subprocess.run(
             [sys.executable, *map(str, arguments)],
-            env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ},
+            env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, **environment},
             capture_output=True,
             text=True,
             timeout=limit,

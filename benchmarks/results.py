@@ -57,7 +57,7 @@ def where():
 
 def in_short():
     """The ratios that matter most."""
-    rounds, first, peak = rows_of("inference", "512"), rows_of("startup", "512"), rows_of("memory", "all")
+    rounds, first, peak = rows_of("inference", "512"), rows_of("startup", "512"), rows_of("memory", "pictures")
     ours, diffusers, keras_cv = (best(rounds, names, "seconds") for names in _families())
     pairs = [
         ("a step at 512×512, best against best", rounds, ours, diffusers, "seconds"),
@@ -65,8 +65,12 @@ def in_short():
         ("the same, against KerasCV's best", rounds, "tensorflow_bfloat16", keras_cv, "seconds"),
         ("the same, float32", rounds, "tensorflow_float32", "diffusers_float32", "seconds"),
         ("from command to first picture of 4 steps", first, "keras_sd", "diffusers", "seconds"),
-        ("peak memory of a picture", peak, "picture", "diffusers", "peak_memory"),
-        ("the same, `low_memory=True`", peak, "low_memory", "diffusers", "peak_memory"),
+        ("the same, on OpenVINO", first, "keras_sd_openvino", "diffusers", "seconds"),
+        *(
+            (f"peak memory of a picture, {memory.PICTURES[mine][0]}", peak, mine, other, "peak_memory")
+            for mine in ("picture", "openvino", "low_memory")
+            for other in memory.PEERS
+        ),
     ]
     rows = [
         [what, f"{named(a)} / {named(b)}", spread(values)]
@@ -98,8 +102,8 @@ def first_picture():
     rows = []
     for case in startup.CASES:
         rounds = rows_of("startup", case)
-        for other in ("diffusers", "import_tensorflow"):
-            rows.append([f"{case}: the command / {named(other)}", ratios(rounds, "keras_sd", other, "seconds")])
+        for mine, other in startup.PAIRS:
+            rows.append([f"{case}: {named(mine)} / {named(other)}", ratios(rounds, mine, other, "seconds")])
         for stage in startup.STAGES:
             rows.append([f"{case}: {named(stage)}", ratios(rounds, "stages", "diffusers", stage)])
     rows = [[what, spread(values)] for what, values in rows if values]
@@ -111,12 +115,9 @@ def first_picture():
 
 
 def peaks():
-    rounds = rows_of("memory", "all")
-    if not rounds:
-        return None
-    rows = [[name, spread(ratios(rounds, name, "diffusers", "peak_memory"))] for name in memory.AGAINST_DIFFUSERS]
-    ours = markdown(["peak memory of a 512×512 picture / diffusers'", "ratio"], rows)
-    return f"## Memory\n\n{ours}\n{memory.table(rounds)}\n"
+    tables = [memory.table(rounds, group) for group in memory.GROUPS if (rounds := rows_of("memory", group))]
+    words = "A 512×512 picture in bfloat16, and parts of the work.\n"
+    return "\n".join(["## Memory\n", words, *tables]) if tables else None
 
 
 def gains():

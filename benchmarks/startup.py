@@ -23,9 +23,10 @@ CASES = {  # preset, side in pixels, dtype
 STEPS = 4
 STAGES = ("import", "load", "first_step", "later_steps", "decode")
 RUNNERS = {
-    "512": ("keras_sd", "diffusers", "stages"),
+    "512": ("keras_sd", "diffusers", "keras_sd_openvino", "stages"),
     "emoji": ("keras_sd", "diffusers", "stages", "import_tensorflow"),
 }
+PAIRS = (("keras_sd", "diffusers"), ("keras_sd_openvino", "diffusers"), ("keras_sd", "import_tensorflow"))
 
 
 class Stopwatch(dict):
@@ -87,12 +88,12 @@ def run(runner, case):
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "out.png"
         arguments = ["-m", "benchmarks.startup", "--run", runner, "--case", case, "--out", out]
-        if runner == "keras_sd":
+        if runner.startswith("keras_sd"):
             arguments = command(*CASES[case], out)
         if runner == "import_tensorflow":
             arguments = ["-c", "import tensorflow"]
         try:
-            seconds, said = process(*arguments)
+            seconds, said = process(*arguments, KERAS_BACKEND="openvino" if "openvino" in runner else "tensorflow")
         except RuntimeError as error:
             return {"error": str(error)}
         return {"seconds": seconds, **(json.loads(said.splitlines()[-1]) if runner in STAGED else {})}
@@ -113,9 +114,9 @@ def main():
         rounds = in_turn(
             "startup", case, RUNNERS[case], args.rounds, lambda name, case=case: run(name, case), args.fresh
         )
-        for other in ("diffusers", "import_tensorflow"):
-            if values := ratios(rounds, "keras_sd", other, "seconds"):
-                print(f"{case}, keras_sd / {other}: {spread(values)}", flush=True)
+        for mine, other in PAIRS:
+            if values := ratios(rounds, mine, other, "seconds"):
+                print(f"{case}, {mine} / {other}: {spread(values)}", flush=True)
         for stage in STAGES:
             print(f"{case}, {stage}, ours / theirs: {spread(ratios(rounds, 'stages', 'diffusers', stage))}", flush=True)
 

@@ -6,6 +6,8 @@ import threading
 import keras
 import numpy as np
 
+from keras_sd.layers.openvino_layout import channels_first
+
 
 class FixedShapes:
     """Of a `keras.Model`: OpenVINO compiles it for the shapes that it is given, the batch size included.
@@ -27,8 +29,10 @@ class FixedShapes:
             self.struct_outputs = self(keras.tree.pack_sequence_as(data, inputs))
             results = [opset16.result(output.output) for output in keras.tree.flatten(self.struct_outputs)]
             self._n_main_outputs, self._output_mask_indices = len(results), {}
+            model = openvino.Model(results, nodes)
+            channels_first(model)
             with given_back([v.value.let_go for v in self.variables if hasattr(v.value, "let_go")]):
-                self.ov_compiled_model = openvino.compile_model(openvino.Model(results, nodes), "CPU")
+                self.ov_compiled_model = openvino.compile_model(model, "CPU")
             self.ov_input_shapes = shapes
         return self.ov_compiled_model
 

@@ -97,7 +97,9 @@ def set_value(variable, array):
     if keras.backend.backend() == "openvino":
         value = _openvino_value(stored, order, variable.dtype)
     else:
-        value = convert(ops.convert_to_tensor(stored if array.ndim > 1 else stored.copy()))
+        # TensorFlow copies; others might share the file's memory, which cannot be written
+        copy = stored if keras.backend.backend() == "tensorflow" else stored.copy()
+        value = convert(ops.convert_to_tensor(copy))
     if getattr(variable, "_value", variable) is None:
         variable._initialize(value)
         variable._initializer = None
