@@ -95,6 +95,7 @@ def measured(name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", nargs="?", choices=CASES, help="one case (default: a table of all)")
+    parser.add_argument("--group", nargs="+", choices=GROUPS, default=[*GROUPS], help="default: all")
     parser.add_argument("--rounds", type=int, default=1, help="rounds, those of earlier calls included (default 1)")
     parser.add_argument("--fresh", action="store_true", help="forget the rounds of earlier calls")
     args = parser.parse_args()
@@ -102,7 +103,7 @@ def main():
         CASES[args.case][1]()
         return print(round(peak_memory() / 1e9, 2))
     write_apart()
-    for group in GROUPS:
+    for group in args.group:
         print(table(in_turn("memory", group, [*GROUPS[group]], args.rounds, measured, args.fresh), group))
 
 

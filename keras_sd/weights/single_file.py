@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from keras_sd.weights.files import read_arrays, read_metadata, write_safetensors
-from keras_sd.weights.int8 import float_state_dict
 
 UNET, VAE, TEXT, OPEN_CLIP = (
     "model.diffusion_model.",
@@ -356,6 +355,8 @@ def write_single_file(path, models, config, dtype=None):
     Raises:
         ValueError: a tensor has no place in a single file; the message names it.
     """
+    from keras_sd.weights.int8 import float_state_dict  # which imports Keras
+
     components = {}
     for name, parts in models.items():
         components[name] = {key: array for part in parts for key, array in float_state_dict(part, dtype).items()}
