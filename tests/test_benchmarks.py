@@ -73,7 +73,7 @@ def test_the_report_shows_what_was_measured(folder, monkeypatch):
         "diffusers_bfloat16_compiled": {"error": "no g++"},
     }
     paired.save("inference", {"cases": {"512": [{**ours, **theirs}]}, "machine": paired.machine()})
-    paired.save("optimisations", {"cases": {"chunks": [{"with": one(1), "without": one(2)}]}})
+    paired.save("optimisations", {"cases": {"pieces": [{"with": one(1), "without": one(2)}]}})
     point = {"5": {"evaluations": 5, "score": 0.95, "distance": 3.25}, "8": {"evaluations": 8, "score": 1.0}}
     paired.save("quality", {"count": 20, "samplers": {"ddim": point}})
     page = results.report()
