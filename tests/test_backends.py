@@ -1,4 +1,4 @@
-"""The embedded model on every backend: the same seed gives the same picture."""
+"""The embedded model and narrow ones on every backend: the same pictures, the same predictions."""
 
 import os
 import pathlib
@@ -12,43 +12,29 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A function backend → uint8 (2, H, W, 3)."""
+def written(tmp_path_factory):
+    """A function (script of this folder, backend, ending) → what the script writes there, as `np.load` gives it."""
     folder = tmp_path_factory.mktemp("backends")
 
-    def draw(backend):
-        path = folder / f"{backend}.npy"
+    def run(script, backend, ending):
+        path = folder / f"{script}-{backend}{ending}"
         if not path.exists():
             env = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
-            subprocess.run([sys.executable, ROOT / "tests" / "draw.py", path], env=env, check=True)
-        return np.load(path).astype(int)
+            subprocess.run([sys.executable, ROOT / "tests" / script, path], env=env, check=True)
+        return np.load(path)
 
-    return draw
+    return run
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch", "openvino"])
-def test_same_picture_on(backend, pictures):
-    assert np.abs(pictures(backend) - pictures("tensorflow")).max() <= 2
-
-
-@pytest.fixture(scope="module")
-def predictions(tmp_path_factory):
-    """A function backend → dict of arrays."""
-    folder = tmp_path_factory.mktemp("predictions")
-
-    def predict(backend):
-        path = folder / f"{backend}.npz"
-        if not path.exists():
-            env = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
-            subprocess.run([sys.executable, ROOT / "tests" / "predict.py", path], env=env, check=True)
-        return dict(np.load(path))
-
-    return predict
+def test_same_picture_on(backend, written):
+    found, expected = (written("draw.py", one, ".npy").astype(int) for one in (backend, "tensorflow"))
+    assert np.abs(found - expected).max() <= 2
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
-def test_same_predictions_on(backend, predictions):
-    expected, found = predictions("tensorflow"), predictions(backend)
+def test_same_predictions_on(backend, written):
+    expected, found = (dict(written("predict.py", one, ".npz")) for one in ("tensorflow", backend))
     assert len(expected) == 8 and expected.keys() == found.keys()
     for name, value in found.items():
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
