@@ -13,14 +13,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A function (script of this folder, backend, ending) → what the script writes there, as `np.load` gives it."""
+    """A function (script of this folder, backend, ending, further arguments) → what the script writes there, as
+    `np.load` gives it."""
     folder = tmp_path_factory.mktemp("backends")
 
-    def run(script, backend, ending):
-        path = folder / f"{script}-{backend}{ending}"
+    def run(script, backend, ending, *arguments):
+        path = folder / "-".join([script, backend, *arguments, ending])
         if not path.exists():
             env = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
-            subprocess.run([sys.executable, ROOT / "tests" / script, path], env=env, check=True)
+            subprocess.run([sys.executable, ROOT / "tests" / script, path, *arguments], env=env, check=True)
         return np.load(path)
 
     return run
@@ -30,6 +31,13 @@ def written(tmp_path_factory):
 def test_same_picture_on(backend, written):
     found, expected = (written("draw.py", one, ".npy").astype(int) for one in (backend, "tensorflow"))
     assert np.abs(found - expected).max() <= 2
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch", "openvino"])
+def test_nearly_the_same_picture_in_bfloat16_on(backend, written):
+    expected = written("draw.py", "tensorflow", ".npy").astype(int)
+    found = written("draw.py", backend, ".npy", "bfloat16").astype(int)
+    assert np.abs(found - expected).mean() < 2
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])

@@ -27,7 +27,11 @@ class FixedShapes:
             nodes = [opset16.parameter(array.shape, OPENVINO_DTYPES[str(array.dtype)]) for array in arrays]
             inputs = [OpenVINOKerasTensor(node.output(0)) for node in nodes]
             self.struct_outputs = self(keras.tree.pack_sequence_as(data, inputs))
-            results = [opset16.result(output.output) for output in keras.tree.flatten(self.struct_outputs)]
+            outputs = [output.output for output in keras.tree.flatten(self.struct_outputs)]
+            # OpenVINO's arrays of bfloat16 say that they are float16
+            narrow = openvino.Type.bf16
+            wide = [opset16.convert(one, "f32") if one.get_element_type() == narrow else one for one in outputs]
+            results = [opset16.result(one) for one in wide]
             self._n_main_outputs, self._output_mask_indices = len(results), {}
             model = openvino.Model(results, nodes)
             channels_first(model)
