@@ -4,6 +4,8 @@ Keras takes seconds to import, so nothing here imports it before the arguments a
 """
 
 import argparse
+import contextlib
+import gc
 import os
 import pathlib
 import sys
@@ -725,13 +727,35 @@ def start_backend():
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        import keras
+        with hidden("pandas", "matplotlib", "IPython", "cv2", *(() if "jax" in backend_settings() else ("jax",))):
+            import keras
 
         keras.ops.zeros(1)
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
         os.close(nowhere)
+
+
+@contextlib.contextmanager
+def hidden(*packages):
+    """In this block packages that are not imported yet cannot be: Keras imports some where they are installed, which
+    takes a second and 0.2 GB, for what no command does."""
+    packages = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(packages))
+    try:
+        yield
+    finally:
+        for name in packages:
+            sys.modules.pop(name)
+
+
+def backend_settings():
+    """Where Keras reads which backend it is to use, as text."""
+    folder = pathlib.Path(os.environ.get("KERAS_HOME", pathlib.Path.home() / ".keras"))
+    with contextlib.suppress(OSError):
+        return os.environ.get("KERAS_BACKEND") or (folder / "keras.json").read_text(encoding="utf-8")
+    return ""
 
 
 # === presets, convert ===
@@ -758,6 +782,7 @@ def convert_checkpoint(args):
 
 def run_and_exit():
     """The process' entry: leaves at once, as Python's tidying up behind TensorFlow takes a second."""
+    gc.set_threshold(100_000)  # imports and tracing make a million objects that stay: looking for garbage took seconds
     code = main()
     try:
         sys.stdout.flush()

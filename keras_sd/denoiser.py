@@ -242,8 +242,8 @@ class Denoiser(FixedShapes, keras.Model):
             inputs["context"] = _at_row(context, i)
             if guided[i]:
                 inputs["unconditional_context"] = _at_row(unconditional_context, i)
-            if table.noise[i]:
-                inputs["noise"] = np.asarray(noise(i), "float32")
+            # without noise, too: with other inputs a row would be compiled anew
+            inputs["noise"] = np.asarray(noise(i) if table.noise[i] else np.zeros_like(state["latent"]), "float32")
             if conditioning is not None and control_scales[i].any():
                 inputs["conditioning"] = np.repeat(conditioning, batch_size, axis=0)
                 inputs["control_scale"] = np.repeat(control_scales[i : i + 1], batch_size, axis=0)

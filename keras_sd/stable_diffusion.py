@@ -602,7 +602,9 @@ class StableDiffusion(Parts):
         slice_ = len(batch) * pixels > WHOLE if self.vae_slicing is None else self.vae_slicing
         run = functools.partial(tiled, model) if tile else model.predict_on_batch
         pieces = np.split(np.asarray(batch), len(batch)) if tile or slice_ else [batch]
-        return np.concatenate([np.asarray(run(piece), "float32") for piece in pieces])
+        result = np.concatenate([np.asarray(run(piece), "float32") for piece in pieces])
+        model.release_memory()
+        return result
 
     def preview(self, latent):
         """What latents show, without the decoder: in a callback, or to look over many.
@@ -728,20 +730,23 @@ class StableDiffusion(Parts):
             return keep[1] * latent + (1.0 - keep[1]) * (signal * keep[0] + sigma * start)
 
         denoiser = self._controlled_denoiser(controls, guess_mode) if controls else self.denoiser
-        return denoiser.denoise(
-            latent,
-            context,
-            unconditional_context,
-            table,
-            noise=noise or row_noise(seed, batch_size, shape, table),
-            extra=None if extra is None else np.repeat(extra, batch_size // len(extra), axis=0),
-            class_label=class_label,
-            blend=None if keep is None else blend,
-            callback=callback,
-            estimate=lambda *row: clean_latent(table, self.scheduler[0].prediction_type, *row),
-            progress=progress,
-            **steering,
-        )
+        try:
+            return denoiser.denoise(
+                latent,
+                context,
+                unconditional_context,
+                table,
+                noise=noise or row_noise(seed, batch_size, shape, table),
+                extra=None if extra is None else np.repeat(extra, batch_size // len(extra), axis=0),
+                class_label=class_label,
+                blend=None if keep is None else blend,
+                callback=callback,
+                estimate=lambda *row: clean_latent(table, self.scheduler[0].prediction_type, *row),
+                progress=progress,
+                **steering,
+            )
+        finally:
+            denoiser.release_memory()
 
     def _with_image_prompt(self, contexts, image_prompt, batch_size):
         """The contexts, functions of the row, with the tokens of the picture, and of none in the unconditional one."""

@@ -46,3 +46,8 @@ def test_same_predictions_on(backend, written):
     assert len(expected) == 8 and expected.keys() == found.keys()
     for name, value in found.items():
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_openvino_compiles_once_for_rows_of_a_kind(written):
+    # text encoder, step and decoder; the step without guidance; nothing; the whole step and the shallow one
+    assert written("count_compilations.py", "openvino", ".npy").tolist() == [3, 1, 0, 2]

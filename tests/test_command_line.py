@@ -513,6 +513,16 @@ def test_usage_needs_no_keras():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_drawing_imports_nothing_that_it_does_not_use(tmp_path):
+    code = (
+        "import sys; from keras_sd.__main__ import main\n"
+        "assert main(['txt2img', 'rocket', '--preset', 'emoji', '--steps', '1', '--out', 'rocket.png']) == 0\n"
+        "names = {'pandas', 'matplotlib', 'IPython', 'cv2'}\n"
+        "assert not names & set(sys.modules), names & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ | PATH)
+
+
 def test_process_that_fails(tmp_path):
     (tmp_path / "empty").mkdir()
     command = [sys.executable, "-m", "keras_sd", *DRAW, "--preset", str(tmp_path / "empty"), "--out", "out.png"]

@@ -16,29 +16,42 @@ class FixedShapes:
     """
 
     def _get_compiled_model(self, data):
+        shapes = {name: (x.shape, x.dtype) for name, x in (data if isinstance(data, dict) else {"": data}).items()}
+        if self.ov_compiled_model is None:  # the first time, or somebody forgot the traces
+            self._compiled = {}
+        key = frozenset(shapes.items())
+        if key not in self._compiled:
+            self.ov_compiled_model = None  # memory goes before the next one's comes, but for rows with other inputs
+            for known in [*self._compiled]:
+                if any(shapes.get(name, one) != one for name, one in known):
+                    del self._compiled[known]
+            self._compiled[key] = self._compile_for(data)
+        self.ov_compiled_model, self.struct_outputs = self._compiled[key]
+        self._n_main_outputs, self._output_mask_indices = len(self.ov_compiled_model.outputs), {}
+        return self.ov_compiled_model
+
+    def _compile_for(self, data):
+        """What OpenVINO runs for data of these shapes, and the structure of its outputs."""
         import openvino
         from keras.src.backend.openvino.core import OPENVINO_DTYPES, OpenVINOKerasTensor
         from openvino import opset16
 
-        arrays = keras.tree.flatten(data)
-        shapes = [(array.shape, array.dtype) for array in arrays]
-        if self.ov_compiled_model is None or self.ov_input_shapes != shapes:
-            self.ov_compiled_model = None  # its memory goes before the next one's comes
-            nodes = [opset16.parameter(array.shape, OPENVINO_DTYPES[str(array.dtype)]) for array in arrays]
-            inputs = [OpenVINOKerasTensor(node.output(0)) for node in nodes]
-            self.struct_outputs = self(keras.tree.pack_sequence_as(data, inputs))
-            outputs = [output.output for output in keras.tree.flatten(self.struct_outputs)]
-            # OpenVINO's arrays of bfloat16 say that they are float16
-            narrow = openvino.Type.bf16
-            wide = [opset16.convert(one, "f32") if one.get_element_type() == narrow else one for one in outputs]
-            results = [opset16.result(one) for one in wide]
-            self._n_main_outputs, self._output_mask_indices = len(results), {}
-            model = openvino.Model(results, nodes)
-            channels_first(model)
-            with given_back([v.value.let_go for v in self.variables if hasattr(v.value, "let_go")]):
-                self.ov_compiled_model = openvino.compile_model(model, "CPU")
-            self.ov_input_shapes = shapes
-        return self.ov_compiled_model
+        nodes = [opset16.parameter(x.shape, OPENVINO_DTYPES[str(x.dtype)]) for x in keras.tree.flatten(data)]
+        inputs = [OpenVINOKerasTensor(node.output(0)) for node in nodes]
+        struct_outputs = self(keras.tree.pack_sequence_as(data, inputs))
+        outputs = [output.output for output in keras.tree.flatten(struct_outputs)]
+        # OpenVINO's arrays of bfloat16 say that they are float16
+        narrow = openvino.Type.bf16
+        wide = [opset16.convert(one, "f32") if one.get_element_type() == narrow else one for one in outputs]
+        model = openvino.Model([opset16.result(one) for one in wide], nodes)
+        channels_first(model)
+        with given_back([v.value.let_go for v in self.variables if hasattr(v.value, "let_go")]):
+            return openvino.compile_model(model, "CPU"), keras.tree.map_structure(lambda _: 0, struct_outputs)
+
+    def release_memory(self):
+        """Gives back what the last prediction computed with, where the backend keeps that for the next one."""
+        for compiled, _ in vars(self).get("_compiled", {}).values():
+            compiled.release_memory()
 
 
 @contextlib.contextmanager
