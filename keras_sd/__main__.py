@@ -722,7 +722,10 @@ def open_model(source, args):
 
 def start_backend():
     """Imports Keras with the backend's start-up notes, which C++ writes to file descriptor 2, kept off the terminal."""
+    from keras_sd.weights.hub import cache_folder
+
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))  # what one command compiled
     sys.stderr.flush()
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

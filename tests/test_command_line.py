@@ -495,6 +495,14 @@ def test_whatever_stops_a_run(recorder, capsys, monkeypatch, raised, error, code
             main(DRAW)
 
 
+def test_jax_keeps_what_it_compiled(recorder, monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_SD_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    assert main(DRAW) == 0 and os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "home" / "jax")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    assert main(DRAW) == 0 and os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
 # === As a process ===
 
 
