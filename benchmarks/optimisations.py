@@ -51,10 +51,65 @@ def loading(preset, steps):
     return [clock() - start]
 
 
+def importing(preset, steps):
+    """Seconds until a command has Keras and its backend."""
+    from keras_sd.__main__ import patient_with_garbage, start_backend
+
+    start = clock()
+    patient_with_garbage()
+    start_backend()
+    return [clock() - start]
+
+
+def decoding(preset, steps):
+    """Seconds of the decoder."""
+    import numpy as np
+
+    from keras_sd import StableDiffusion
+
+    sd = StableDiffusion.from_preset(preset, dtype="bfloat16")
+    latent, ticks = np.zeros((1, *sd.latent_shape()), "float32"), []
+    for _ in range(3):
+        start = clock()
+        sd.decode(latent)
+        ticks.append(clock() - start)
+    return ticks[1:]
+
+
+def picture(preset, steps):
+    """Seconds of a second picture."""
+    from keras_sd import StableDiffusion
+
+    sd, ticks = StableDiffusion.from_preset(preset, dtype="bfloat16"), []
+    for _ in range(2):
+        start = clock()
+        sd.text_to_image("a", num_steps=steps, seed=0, progress=False)
+        ticks.append(clock() - start)
+    return ticks[1:]
+
+
 clock = time.perf_counter
 
 
 # === What is taken away ===
+
+
+def all_imports():
+    put("keras_sd.__main__", "hidden", lambda *packages: contextlib.nullcontext())
+    put("keras_sd.__main__", "patient_with_garbage", lambda: None)
+
+
+def copied_kernels():
+    from keras_sd.layers import openvino_layout as layout
+
+    def pictures_alone(transpose):
+        return layout._before(transpose.input_value(0)) if layout._order(transpose) == layout.FIRST else None
+
+    put("keras_sd.layers.openvino_layout", "_undone", pictures_alone)
+
+
+def kept_memory():
+    put("keras_sd.layers.backend_fixes", "FixedShapes.release_memory", lambda self: None)
 
 
 def keras_group_norm():
@@ -120,21 +175,6 @@ def one_product():
     put("keras_sd.layers.attention", "Attention.call", call)
 
 
-def decoding(preset, steps):
-    """Seconds of the decoder."""
-    import numpy as np
-
-    from keras_sd import StableDiffusion
-
-    sd = StableDiffusion.from_preset(preset, dtype="bfloat16")
-    latent, ticks = np.zeros((1, *sd.latent_shape()), "float32"), []
-    for _ in range(3):
-        start = clock()
-        sd.decode(latent)
-        ticks.append(clock() - start)
-    return ticks[1:]
-
-
 OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "pieces": ("attention in pieces that the cache holds, instead of all scores", "tensorflow", step, whole_scores),
     "softmax": ("softmax of bfloat16 scores as they are, instead of in float32", "tensorflow", step, wide_softmax),
@@ -150,6 +190,14 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     ),
     "fixed_shapes": ("compiled for the batch at hand, instead of any", "openvino", step, open_batch),
     "pages": ("pages of the file given back while OpenVINO packs weights", "openvino", step, kept_pages),
+    "kernels": ("no copy of the kernels of 1×1 convolutions", "openvino", step, copied_kernels),
+    "release": ("memory given back before the next model's", "openvino", picture, kept_memory),
+    "imports": (
+        "Keras without optional packages, and few looks for garbage, in commands",
+        "tensorflow",
+        importing,
+        all_imports,
+    ),
     "separate": ("queries, keys and values in three products, instead of one", "tensorflow", step, one_product),
 }
 

@@ -91,7 +91,7 @@ def plot(samplers, path=PLOT):
             if name in SHOWN:
                 labels.append((*points[0], name, colour))
         label(axes, labels)
-        axes.set(title=title, xlabel="evaluations of the network", xscale="log", xlim=(3, 105))
+        axes.set(title=title, xlabel="evaluations of the network", xscale="log", xlim=(2.5, 105))
         axes.set_xticks([5, 8, 12, 16, 25, 50, 100], ["5", "8", "12", "16", "25", "50", "100"])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
@@ -105,7 +105,7 @@ def label(axes, labels):
     taken = -np.inf
     for x, y, name, colour in sorted(labels, key=lambda one: one[1]):
         place = taken = max(y, taken + 0.05 * (high - low))
-        axes.annotate(name, (x, y), (3.1, place), color=colour, va="center", fontsize=9)
+        axes.annotate(name, (x, y), (2.55, place), color=colour, va="center", fontsize=9)
 
 
 def main():

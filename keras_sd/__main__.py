@@ -740,6 +740,11 @@ def start_backend():
         os.close(nowhere)
 
 
+def patient_with_garbage():
+    """Python looks for garbage less often: imports and tracing make a million objects that stay."""
+    gc.set_threshold(100_000)
+
+
 @contextlib.contextmanager
 def hidden(*packages):
     """In this block packages that are not imported yet cannot be: Keras imports some where they are installed, which
@@ -785,7 +790,7 @@ def convert_checkpoint(args):
 
 def run_and_exit():
     """The process' entry: leaves at once, as Python's tidying up behind TensorFlow takes a second."""
-    gc.set_threshold(100_000)  # imports and tracing make a million objects that stay: looking for garbage took seconds
+    patient_with_garbage()
     code = main()
     try:
         sys.stdout.flush()
