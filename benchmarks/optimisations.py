@@ -112,6 +112,12 @@ def kept_memory():
     put("keras_sd.layers.backend_fixes", "FixedShapes.release_memory", lambda self: None)
 
 
+def one_reader():
+    from concurrent.futures import ThreadPoolExecutor
+
+    put("keras_sd.weights.assign", "ThreadPoolExecutor", lambda threads: ThreadPoolExecutor(1))
+
+
 def keras_group_norm():
     import keras
 
@@ -179,6 +185,7 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "pieces": ("attention in pieces that the cache holds, instead of all scores", "tensorflow", step, whole_scores),
     "softmax": ("softmax of bfloat16 scores as they are, instead of in float32", "tensorflow", step, wide_softmax),
     "gelu": ("GELU in float32, instead of bfloat16", "tensorflow", step, narrow_gelu),
+    "reading": ("weights read by two threads, instead of one", "tensorflow", loading, one_reader),
     "bands": ("group normalization in bands that the cache holds", "tensorflow", decoding, whole_norms),
     "group_norm": ("`GroupNorm`, instead of Keras' own", "tensorflow", step, keras_group_norm),
     "one_pass": ("guidance in one batched pass, instead of two", "tensorflow", step, two_passes),

@@ -5,6 +5,8 @@ kernels are transposed from (height, width, in, out) to (out, in, height, width)
 """
 
 import contextlib
+import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -79,32 +81,53 @@ def assign_state_dict(model, arrays, source):
         if value.shape != tuple(variables[key].shape):
             expected = to_torch_layout(np.broadcast_to(0, variables[key].shape)).shape
             raise ValueError(f"{source}: {key} has shape {arrays[key].shape}; the {model.name} needs {expected}.")
-    for key, value in values.items():
-        set_value(variables[key], value)
-        let_go(arrays[key])
+    set_values((variables[key], value) for key, value in values.items())
 
 
 def set_value(variable, array):
     """Assigns a NumPy array, or makes it the first value of a variable without one."""
+    set_values([(variable, array)])
+
+
+def set_values(pairs):
+    """`set_value` of each (variable, array); the memory of arrays that are a file's is given back."""
+    here = []
+    for variable, array in pairs:
+        stored, order = _stored(array)
+        if streaming.wanted(stored):
+            streaming.stream(variable, stored, functools.partial(_converted, order=order, dtype=variable.dtype))
+        else:
+            here.append((variable, stored, order))
+    with ThreadPoolExecutor(2) as pool:  # half of the time goes into clearing fresh memory, which the system does
+        for (variable, *_), value in zip(here, pool.map(_value, here)):
+            if getattr(variable, "_value", variable) is None:
+                variable._initialize(value)
+                variable._initializer = None
+            else:
+                variable.assign(value)
+
+
+def _stored(array):
+    """An array as it lies in the file, and the order of axes that makes of that what it is."""
     axes = sorted(range(array.ndim), key=lambda axis: (-array.strides[axis], -array.shape[axis]))
-    stored, order = array.transpose(axes), [axes.index(axis) for axis in range(array.ndim)]  # as it lies in the file
+    return array.transpose(axes), [axes.index(axis) for axis in range(array.ndim)]
 
-    def convert(tensor):  # the backend's transpose takes an eighth of the time that NumPy's does
-        return ops.cast(ops.transpose(tensor, order) if order != sorted(order) else tensor, variable.dtype)
 
-    if streaming.wanted(stored):
-        return streaming.stream(variable, stored, convert)
+def _converted(tensor, order, dtype):
+    """A tensor of what `_stored` gave, as a variable's value: the backend transposes eight times as fast as NumPy."""
+    return ops.cast(ops.transpose(tensor, order) if order != sorted(order) else tensor, dtype)
+
+
+def _value(one):
+    variable, stored, order = one
     if keras.backend.backend() == "openvino":
         value = _openvino_value(stored, order, variable.dtype)
     else:
         # TensorFlow copies; others might share the file's memory, which cannot be written
         copy = stored if keras.backend.backend() == "tensorflow" else stored.copy()
-        value = convert(ops.convert_to_tensor(copy))
-    if getattr(variable, "_value", variable) is None:
-        variable._initialize(value)
-        variable._initializer = None
-    else:
-        variable.assign(value)
+        value = _converted(ops.convert_to_tensor(copy), order, variable.dtype)
+    let_go(stored)
+    return value
 
 
 def _openvino_value(stored, order, dtype):
