@@ -100,12 +100,11 @@ def all_imports():
 
 
 def copied_kernels():
-    from keras_sd.layers import openvino_layout as layout
+    def stored(array):
+        axes = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+        return array.transpose(axes), [axes.index(axis) for axis in range(array.ndim)]
 
-    def pictures_alone(transpose):
-        return layout._before(transpose.input_value(0)) if layout._order(transpose) == layout.FIRST else None
-
-    put("keras_sd.layers.openvino_layout", "_undone", pictures_alone)
+    put("keras_sd.weights.assign", "_stored", stored)
 
 
 def kept_memory():

@@ -10,8 +10,8 @@ def channels_first(model):
     transpose, and a transpose forth after one back is none."""
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
-        if kind == "Transpose" and (value := _undone(node)):
-            node.output(0).replace(value)
+        if kind == "Transpose" and _order(node) == FIRST and _before(node.input_value(0)):
+            node.output(0).replace(_before(node.input_value(0)))
         elif kind in MOVES and len(node.get_output_shape(0)) == 4 and any(map(_before, node.input_values())):
             MOVES[kind](node)
     model.validate_nodes_and_infer_types()
@@ -20,14 +20,6 @@ def channels_first(model):
 def _order(transpose):
     order = transpose.input_value(1).get_node()
     return list(order.data) if order.get_type_name() == "Constant" else None
-
-
-def _undone(transpose):
-    """The value that a transpose after a transpose gives back as it was; None where it does not."""
-    earlier = transpose.input_value(0).get_node()
-    orders = [_order(one) for one in (earlier, transpose) if one.get_type_name() == "Transpose"]
-    if len(orders) == 2 and all(orders) and [orders[0][axis] for axis in orders[1]] == sorted(orders[0]):
-        return earlier.input_value(0)
 
 
 def _before(value):
