@@ -84,7 +84,7 @@ def test_the_report_shows_what_was_measured(folder, monkeypatch):
     assert "diffusers bfloat16 compiled did not run: no g++" in page
     assert "| step | 0.50 (0.50 … 0.50) | 0.50 (0.50 … 0.50) |" in page
     assert "| `ddim` | 3.2, 95% | 100% | – | – | – | – |" in page
-    assert "KerasCV" not in page.split("## What did not help")[0] and "768" not in page
+    assert "KerasCV" not in page.split("## What limits it")[0] and "768" not in page
     results.plot(folder / "speed.png")
     quality.plot({"ddim": point}, folder / "quality.png")
     assert all((folder / name).stat().st_size > 5000 for name in ("speed.png", "quality.png"))
