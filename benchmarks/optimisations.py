@@ -68,24 +68,26 @@ def decoding(preset, steps):
     from keras_sd import StableDiffusion
 
     sd = StableDiffusion.from_preset(preset, dtype="bfloat16")
-    latent, ticks = np.zeros((1, *sd.latent_shape()), "float32"), []
-    for _ in range(3):
-        start = clock()
-        sd.decode(latent)
-        ticks.append(clock() - start)
-    return ticks[1:]
+    latent = np.zeros((1, *sd.latent_shape()), "float32")
+    return repeated(lambda: sd.decode(latent), 3)
 
 
 def picture(preset, steps):
     """Seconds of a second picture."""
     from keras_sd import StableDiffusion
 
-    sd, ticks = StableDiffusion.from_preset(preset, dtype="bfloat16"), []
-    for _ in range(2):
+    sd = StableDiffusion.from_preset(preset, dtype="bfloat16")
+    return repeated(lambda: sd.text_to_image("a", num_steps=steps, seed=0, progress=False), 2)
+
+
+def repeated(run, times):
+    """Seconds of each call but the first."""
+    seconds = []
+    for _ in range(times):
         start = clock()
-        sd.text_to_image("a", num_steps=steps, seed=0, progress=False)
-        ticks.append(clock() - start)
-    return ticks[1:]
+        run()
+        seconds.append(clock() - start)
+    return seconds[1:]
 
 
 clock = time.perf_counter

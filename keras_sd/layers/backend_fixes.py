@@ -16,7 +16,8 @@ class FixedShapes:
     """
 
     def _get_compiled_model(self, data):
-        shapes = {name: (x.shape, x.dtype) for name, x in (data if isinstance(data, dict) else {"": data}).items()}
+        named = data if isinstance(data, dict) else dict(enumerate(keras.tree.flatten(data)))
+        shapes = {name: (x.shape, x.dtype) for name, x in named.items()}
         if self.ov_compiled_model is None:  # the first time, or somebody forgot the traces
             self._compiled = {}
         key = frozenset(shapes.items())

@@ -84,13 +84,13 @@ def assign_state_dict(model, arrays, source):
     set_values((variables[key], value) for key, value in values.items())
 
 
-def set_value(variable, array):
-    """Assigns a NumPy array, or makes it the first value of a variable without one."""
-    set_values([(variable, array)])
-
-
 def set_values(pairs):
-    """`set_value` of each (variable, array); the memory of arrays that are a file's is given back."""
+    """Assigns NumPy arrays, or makes them the first values of variables without one; the memory of a file's is given
+    back.
+
+    Args:
+        pairs: (variable, array) of each.
+    """
     here = []
     for variable, array in pairs:
         stored, order = _stored(array)

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_sd.layers.int8 import Int8Kernel, narrow, quantize_kernel
 from keras_sd.models.network import forget_traces
-from keras_sd.weights.assign import from_torch_layout, kernel_layers, set_value, to_state_dict, to_torch_layout
+from keras_sd.weights.assign import from_torch_layout, kernel_layers, set_values, to_state_dict, to_torch_layout
 
 FLOAT = re.compile(r"conv_in|conv_out|time_embedding\..*")  # 0.3 % of SD v1's weights
 
@@ -24,8 +24,7 @@ def quantize(model):
         if not FLOAT.fullmatch(name) and not isinstance(layer, Int8Kernel):
             kernel, scale = quantize_kernel(ops.convert_to_numpy(layer._kernel))
             narrow(layer)
-            set_value(layer._kernel, kernel)
-            set_value(layer.kernel_scale, scale)
+            set_values([(layer._kernel, kernel), (layer.kernel_scale, scale)])
     forget_traces(model)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from keras_sd.layers.int8 import refuse_int8
 from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
-from keras_sd.weights.assign import set_value, without_values
+from keras_sd.weights.assign import set_values, without_values
 from keras_sd.weights.files import atomic_file
 
 # KerasCV's layer → {path inside our layer: path inside theirs}, in the order of the published files.
@@ -416,8 +416,7 @@ def _assign(model, layers, arrays, source):
             if array.shape != tuple(variable.shape):
                 raise ValueError(f"{source}: {variable.path} needs shape {tuple(variable.shape)}; got {array.shape}.")
             values.append((variable, array))
-    for variable, array in values:
-        set_value(variable, array)
+    set_values(values)
 
 
 def _layers_of(model):
