@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+import tempfile
 import time
 
 from benchmarks.full_size import FOLDER, write_apart
@@ -58,6 +59,18 @@ def importing(preset, steps):
     start = clock()
     patient_with_garbage()
     start_backend()
+    return [clock() - start]
+
+
+def command(preset, steps):
+    """Seconds of `txt2img` with four steps."""
+    from keras_sd.__main__ import main, patient_with_garbage
+
+    start = clock()
+    patient_with_garbage()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        options = "--preset", preset, "--dtype", "bfloat16", "--steps", "4", "--out", f"{folder}/a.png"
+        main(["txt2img", "a cat", *options])
     return [clock() - start]
 
 
@@ -140,14 +153,28 @@ def wide_softmax():
     put("keras_sd.layers.attention", "Attention._softmax_dtype", lambda self: "float32")
 
 
-def narrow_gelu():
-    from keras import ops
+def gelu_apart():
+    put("keras_sd.layers.attention", "GEGLU._fuses", lambda self: False)
 
-    def call(self, x):
-        value, gate = ops.split(self.proj(x), 2, axis=-1)
-        return value * ops.gelu(gate, approximate=False)
 
-    put("keras_sd.layers.attention", "GEGLU.call", call)
+def all_convolutions():
+    import keras
+
+    put("keras_sd.layers.conv", "Conv3x3.call", lambda self, x: keras.layers.Conv2D.call(self, x))
+
+
+def nothing_ahead():
+    from keras_sd.parts import Parts
+
+    read_ahead = Parts.read_ahead
+    put("keras_sd.parts", "Parts.read_ahead", lambda self, *names, keep: read_ahead(self, keep=keep))
+
+
+def all_models():
+    from keras_sd.parts import Parts
+
+    read_ahead = Parts.read_ahead
+    put("keras_sd.parts", "Parts.read_ahead", lambda self, *names, keep: read_ahead(self, *names))
 
 
 def whole_norms():
@@ -185,7 +212,8 @@ def one_product():
 OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "pieces": ("attention in pieces that the cache holds, instead of all scores", "tensorflow", step, whole_scores),
     "softmax": ("softmax of bfloat16 scores as they are, instead of in float32", "tensorflow", step, wide_softmax),
-    "gelu": ("GELU in float32, instead of bfloat16", "tensorflow", step, narrow_gelu),
+    "gelu": ("GELU in the product before it, instead of apart in float32", "tensorflow", step, gelu_apart),
+    "products": ("3×3 convolutions at few positions as products", "tensorflow", step, all_convolutions),
     "reading": ("weights read by two threads, instead of one", "tensorflow", loading, one_reader),
     "bands": ("group normalization in bands that the cache holds", "tensorflow", decoding, whole_norms),
     "group_norm": ("`GroupNorm`, instead of Keras' own", "tensorflow", step, keras_group_norm),
@@ -206,6 +234,8 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
         importing,
         all_imports,
     ),
+    "ahead": ("models read while others work, in commands", "tensorflow", command, nothing_ahead),
+    "once": ("models given up once they are used, in commands", "tensorflow", command, all_models),
     "separate": ("queries, keys and values in three products, instead of one", "tensorflow", step, one_product),
 }
 

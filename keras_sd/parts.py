@@ -3,6 +3,7 @@
 import functools
 import gc
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import keras
@@ -45,9 +46,11 @@ class Parts:
         if low_memory:  # OpenVINO would compile every band
             self.vae_slicing, self.vae_tiling = True, keras.backend.backend() != "openvino" or vae_tiling
         self.low_memory = low_memory
+        self.keeps_models = not low_memory  # whether one stays when the next is read
         self.cache_interval = check_integer("cache_interval", cache_interval, 1)
         self.token_merging = check_ratio("token_merging", token_merging)
         self._replaceable = {}  # name → model that was read from files and can be again
+        self._reading = {}  # name → future of a model that `read_ahead` reads
         self._tokenizer_source, self._vae_source, self._safety_checker_source = tokenizer, vae, safety_checker
         self._image_prompt = None  # what load_ip_adapter loads
         self.flagged = None  # of the last call's pictures, which ones the safety checker blacked out; None without one
@@ -170,8 +173,8 @@ class Parts:
         return Denoiser(self.diffusion_model, *options, self.cache_interval, self.token_merging)
 
     def _part(self, name, read=None):
-        """Reads a model, by default from the checkpoint; with `low_memory` first gives up those read before."""
-        if self.low_memory:
+        """Reads a model, by default from the checkpoint; where they are not kept, first gives up those read before."""
+        if not self.keeps_models:
             for other, model in self._replaceable.items():
                 if vars(self).get(other) is model:  # and not one that was assigned in its place
                     del vars(self)[other]
@@ -180,11 +183,31 @@ class Parts:
             model = None
             gc.collect()  # models and their compiled functions refer to each other
             trim()
-        # XLA cannot read a file
-        with streamed() if self.low_memory and name == "diffusion_model" and not self.jit_compile else nullcontext():
-            model = (read or getattr(self.checkpoint, name))(self.dtype)
+        if name in self._reading:
+            model = self._reading.pop(name).result()
+        else:
+            # XLA cannot read a file
+            streams = self.low_memory and name == "diffusion_model" and not self.jit_compile
+            with streamed() if streams else nullcontext():
+                model = (read or getattr(self.checkpoint, name))(self.dtype)
         self._replaceable[name] = self._compiled(model)
         return model
+
+    def read_ahead(self, *names, keep=True):
+        """Starts to read models, one after the other, in a thread, which does not know the caller's scopes: not a
+        dtype policy, a device or a strategy that was set for a block.
+
+        Args:
+            names: of the models, in the order in which they are going to be used.
+            keep: False for whoever draws once: each model is given up when the next one is asked for.
+        """
+        # KerasCV's folders tell by their weights alone what the models look like
+        self.keeps_models = self.keeps_models and (keep or self.checkpoint.arguments is None)
+        thread = ThreadPoolExecutor(1)
+        for name in names:
+            if name not in vars(self) and name not in self._reading and not self.low_memory:
+                self._reading[name] = thread.submit(getattr(self.checkpoint, name), self.dtype)
+        thread.shutdown(wait=False)
 
     def keep(self, *names):
         """Reads models whole and holds them, with `low_memory` too: they are going to be changed, or written."""

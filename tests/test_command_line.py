@@ -33,6 +33,9 @@ class Recorder:
         cls.calls.append(("from_preset", (preset,), kwargs))
         return cls()
 
+    def read_ahead(self, *names, keep):
+        """Changes when models are read, but no picture."""
+
     def __getattr__(self, name):
         def method(*args, **kwargs):
             self.calls.append((name, args, kwargs))

@@ -1,6 +1,8 @@
 """Big pictures in little memory: every option draws what the pipeline draws without it."""
 
 import math
+import shutil
+import threading
 import weakref
 
 import keras
@@ -236,6 +238,43 @@ def test_low_memory_holds_one_model_at_a_time(tiny, monkeypatch):
     read.clear()
     sd.inpaint(picture, picture[..., 0] > 0, "an apple", num_steps=2, progress=False)
     assert [name for name, _ in read] == ["image_encoder", "text_encoder", "diffusion_model", "decoder"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_models_that_are_read_ahead(sd, tiny, keep, monkeypatch):
+    ahead, threads = StableDiffusion.from_preset(tiny), []
+    for name in ("text_encoder", "diffusion_model", "decoder"):
+        read = getattr(ahead.checkpoint, name)
+
+        def watched(dtype, name=name, read=read):
+            threads.append((name, threading.current_thread() is threading.main_thread()))
+            return read(dtype)
+
+        object.__setattr__(ahead.checkpoint, name, watched)  # a frozen dataclass
+    ahead.read_ahead("diffusion_model", "decoder", keep=keep)
+    assert close(draw(ahead), draw(sd)) == 1.0
+    assert sorted(threads) == [("decoder", False), ("diffusion_model", False), ("text_encoder", True)]
+    held = {"text_encoder", "diffusion_model", "decoder"} & vars(ahead).keys()
+    assert held == ({"text_encoder", "diffusion_model", "decoder"} if keep else {"decoder"})
+    assert close(draw(ahead), draw(sd)) == 1.0  # what is gone is read again
+
+
+def test_weights_go_with_their_model(tiny):
+    sd, handles = StableDiffusion.from_preset(tiny), []
+    sd.read_ahead("diffusion_model", keep=False)
+    draw(sd, callback=lambda *_: handles.append(weakref.ref(sd.diffusion_model.variables[3].value.handle)))
+    assert all(handle() is None for handle in handles), "a graph that nobody runs any more holds the weights"
+
+
+def test_what_cannot_be_read_ahead_is_said_where_it_is_used(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "broken")
+    path = tmp_path / "broken" / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    sd = StableDiffusion.from_preset(tmp_path / "broken")
+    sd.read_ahead("diffusion_model", "decoder")
+    assert sd.diffusion_model.variables
+    with pytest.raises(ValueError, match="is damaged"):
+        draw(sd)
 
 
 def test_low_memory_keeps_what_it_cannot_read_again(sd, tiny, tmp_path):

@@ -12,6 +12,10 @@ from diffusers.models.embeddings import get_timestep_embedding
 from keras_sd import Decoder, DiffusionModel, ImageEncoder, StableDiffusion, TextEncoder
 from keras_sd.layers import Upsample, dot_product_attention, timestep_embedding
 from keras_sd.layers import attention as attention_module
+from keras_sd.layers.attention import GEGLU
+from keras_sd.layers.conv import Conv3x3
+
+RANDOM = np.random.default_rng(0)
 
 NARROW = {
     TextEncoder: {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -133,6 +137,40 @@ def test_any_picture_size(size):
     latent = ImageEncoder(**NARROW[ImageEncoder])(np.ones((1, *size, 3), "float32"))
     assert latent.shape == (1, size[0] // 8, size[1] // 8, 4)
     assert Decoder(**NARROW[Decoder])(latent).shape == (1, *size, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_a_convolution_at_few_positions_is_a_product(dtype, in_graph, monkeypatch):
+    layer, other = Conv3x3(64, dtype=dtype), keras.layers.Conv2D(64, 3, padding="same", dtype=dtype)
+    x = keras.ops.cast(RANDOM.standard_normal((2, 4, 3, 40), "float32"), dtype)
+    for one in (layer, other):
+        one.build(x.shape)
+    layer.set_weights([RANDOM.standard_normal(w.shape, "float32") for w in layer.get_weights()])
+    other.set_weights(layer.get_weights())
+    expected, plain = numpy(other(x)), layer(x, training=True)
+    assert (numpy(plain) == expected).all()
+    monkeypatch.setattr(keras.layers.Conv2D, "call", None)
+    product = tf.function(layer)(x) if in_graph else layer(x)
+    assert product.dtype == dtype and product.shape == (2, 4, 3, 64)
+    np.testing.assert_allclose(numpy(product), expected, atol=1e-4 if dtype == "float32" else 0.3)
+    with pytest.raises(TypeError):
+        layer(keras.ops.zeros((2, 8, 8, 40), dtype))  # whose kernel is no larger than the picture
+
+
+def test_gelu_in_the_product(monkeypatch):
+    layer, x = GEGLU(48, dtype="bfloat16"), keras.ops.cast(RANDOM.standard_normal((2, 5, 16), "float32"), "bfloat16")
+    layer.build(x.shape)
+    layer.set_weights([RANDOM.standard_normal(w.shape, "float32") for w in layer.get_weights()])
+    graph, eager = numpy(tf.function(layer)(x)), numpy(layer(x))
+    monkeypatch.setattr(GEGLU, "_fuses", lambda self: False)
+    wide = GEGLU(48)
+    wide.build(x.shape)
+    wide.set_weights(layer.get_weights())
+    exact, plain = numpy(wide(keras.ops.cast(x, "float32"))), numpy(layer(x))
+    assert graph.shape == exact.shape == (2, 5, 48)
+    for result in (graph, eager):
+        assert np.abs(result - exact).mean() < 1.2 * np.abs(plain - exact).mean()
 
 
 def test_upsample_takes_the_size_of_the_skip_connection():

@@ -107,6 +107,12 @@ elif keras.backend.backend() == "openvino":
     openvino.compile_model = _compile_as_typed
 
 
+def silu(x, training=None):
+    """`keras.ops.silu`; on TensorFlow, but while training, without the gradient that it has there: registering that
+    keeps the graph, and so the weights, for as long as the process lives."""
+    return keras.ops.silu(x) if training or keras.backend.backend() != "tensorflow" else x * keras.ops.sigmoid(x)
+
+
 def after(x, value):
     """The tensor `x`, and `value`, which is not there before it. Without this TensorFlow widens all int8 kernels before
     the first layer runs, as there is nothing that they wait for, and holds them at once."""

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_sd.layers.conv import Conv3x3
+
 
 @keras.saving.register_keras_serializable(package="keras_sd")
 class Downsample(keras.layers.Layer):
@@ -41,7 +43,7 @@ class Upsample(keras.layers.Layer):
 
     def __init__(self, filters, **kwargs):
         super().__init__(**kwargs)
-        self.conv = keras.layers.Conv2D(filters, 3, padding="same", name="conv", dtype=self.dtype_policy)
+        self.conv = Conv3x3(filters, name="conv", dtype=self.dtype_policy)
 
     def build(self, x_shape, like_shape=None):
         self.conv.build(x_shape)

@@ -1,8 +1,11 @@
 """Residual block of the U-Net and the autoencoder."""
 
-import keras
-from keras import ops
+import functools
 
+import keras
+
+from keras_sd.layers.backend_fixes import silu
+from keras_sd.layers.conv import Conv3x3
 from keras_sd.layers.group_norm import GroupNorm
 from keras_sd.layers.recompute import maybe_recomputed
 
@@ -32,14 +35,13 @@ class ResnetBlock(keras.layers.Layer):
     def __init__(self, filters, groups=32, epsilon=1e-5, time=False, **kwargs):
         super().__init__(**kwargs)
         self.filters = filters
-        conv = dict(filters=filters, kernel_size=3, padding="same", dtype=self.dtype_policy)
         self.norm1 = GroupNorm(groups, epsilon=epsilon, name="norm1", dtype=self.dtype_policy)
-        self.conv1 = keras.layers.Conv2D(**conv, name="conv1")
+        self.conv1 = Conv3x3(filters, name="conv1", dtype=self.dtype_policy)
         self.time_emb_proj = (
             keras.layers.Dense(filters, name="time_emb_proj", dtype=self.dtype_policy) if time else None
         )
         self.norm2 = GroupNorm(groups, epsilon=epsilon, name="norm2", dtype=self.dtype_policy)
-        self.conv2 = keras.layers.Conv2D(**conv, name="conv2")
+        self.conv2 = Conv3x3(filters, name="conv2", dtype=self.dtype_policy)
         self.conv_shortcut = None
 
     def build(self, x_shape, time_embedding_shape=None):
@@ -57,12 +59,12 @@ class ResnetBlock(keras.layers.Layer):
     def compute_output_shape(self, x_shape, time_embedding_shape=None):
         return (*x_shape[:-1], self.filters)
 
-    def call(self, x, time_embedding=None):
-        return maybe_recomputed(self, self._forward, x, time_embedding)
+    def call(self, x, time_embedding=None, training=None):
+        return maybe_recomputed(self, functools.partial(self._forward, training=training), x, time_embedding)
 
-    def _forward(self, x, time_embedding=None):
-        hidden = self.conv1(ops.silu(self.norm1(x)))
+    def _forward(self, x, time_embedding=None, training=None):
+        hidden = self.conv1(silu(self.norm1(x), training))
         if self.time_emb_proj:
-            hidden = hidden + self.time_emb_proj(ops.silu(time_embedding))[:, None, None]
-        hidden = self.conv2(ops.silu(self.norm2(hidden)))
+            hidden = hidden + self.time_emb_proj(silu(time_embedding))[:, None, None]
+        hidden = self.conv2(silu(self.norm2(hidden), training))
         return hidden + (self.conv_shortcut(x) if self.conv_shortcut else x)

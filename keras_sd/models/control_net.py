@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_sd.layers.backend_fixes import silu
 from keras_sd.layers.int8 import refuse_int8
 from keras_sd.models.diffusion_model import DiffusionModel, embed_time, layer_makers, per_level, way_down
 from keras_sd.models.network import Network
@@ -93,10 +94,10 @@ class ControlNet(Network):
         time = embed_time(timestep, dtype)
         x = conv(widths[0], "conv_in")(latent)
         block, (first, *others) = "controlnet_cond_embedding", conditioning_embedding_out_channels
-        hint = ops.silu(conv(first, f"{block}.conv_in")(conditioning))
+        hint = silu(conv(first, f"{block}.conv_in")(conditioning))
         for i, (width, next_width) in enumerate(zip((first, *others), others)):
-            hint = ops.silu(conv(width, f"{block}.blocks.{2 * i}")(hint))
-            hint = ops.silu(halve(next_width, f"{block}.blocks.{2 * i + 1}")(hint))
+            hint = silu(conv(width, f"{block}.blocks.{2 * i}")(hint))
+            hint = silu(halve(next_width, f"{block}.blocks.{2 * i + 1}")(hint))
         x = x + zero(widths[0], 3, f"{block}.conv_out")(hint)
 
         middle, skips = way_down(x, time, context, makers, widths, layers_per_block, attends, only_cross, dtype)

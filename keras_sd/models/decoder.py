@@ -1,9 +1,9 @@
 """The decoder half of the autoencoder."""
 
 import keras
-from keras import ops
 
 from keras_sd.layers import GroupNorm, ResnetBlock, Upsample
+from keras_sd.layers.backend_fixes import silu
 from keras_sd.models.autoencoder import middle
 from keras_sd.models.network import Network
 
@@ -59,7 +59,7 @@ class Decoder(Network):
             if i_block < len(block_out_channels) - 1:
                 x = Upsample(width, name=f"{block}.upsamplers.0", dtype=dtype)(x)
         x = GroupNorm(norm_num_groups, epsilon=1e-6, name="decoder.conv_norm_out", dtype=dtype)(x)
-        x = conv(out_channels, 3, "decoder.conv_out")(ops.silu(x))
+        x = conv(out_channels, 3, "decoder.conv_out")(silu(x))
         super().__init__(latent, x, name=name)
 
         # === Config ===

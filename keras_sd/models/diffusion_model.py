@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_sd.layers import Downsample, GroupNorm, ResnetBlock, SpatialTransformer, Upsample
+from keras_sd.layers.backend_fixes import silu
 from keras_sd.models.network import Network
 
 
@@ -100,7 +101,7 @@ class DiffusionModel(Network):
                 x = Upsample(widths[level], name=f"{block}.upsamplers.0", dtype=dtype)(x, like=skips[-1])
 
         x = GroupNorm(norm_num_groups, epsilon=1e-5, name="conv_norm_out", dtype=dtype)(x)
-        x = conv(out_channels, "conv_out")(ops.silu(x))
+        x = conv(out_channels, "conv_out")(silu(x))
         super().__init__(inputs, x, name=name)
 
         # === Config ===
@@ -190,7 +191,7 @@ def embed_time(timestep, dtype):
     """The sinusoidal embedding (B, C) of a timestep through two dense layers: (B, 4 C)."""
     width = 4 * timestep.shape[-1]
     time = keras.layers.Dense(width, name="time_embedding.linear_1", dtype=dtype)(timestep)
-    return keras.layers.Dense(width, name="time_embedding.linear_2", dtype=dtype)(ops.silu(time))
+    return keras.layers.Dense(width, name="time_embedding.linear_2", dtype=dtype)(silu(time))
 
 
 def way_down(x, time, context, makers, widths, layers_per_block, attends, only_cross, dtype):

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_sd.layers import Downsample, GroupNorm, ResnetBlock
+from keras_sd.layers.backend_fixes import silu
 from keras_sd.models.autoencoder import middle
 from keras_sd.models.network import Network
 
@@ -58,7 +59,7 @@ class ImageEncoder(Network):
                 x = Downsample(width, padding=(0, 1), name=f"{block}.downsamplers.0", dtype=dtype)(x)
         x = middle(x, norm_num_groups, "encoder.mid_block", dtype)
         x = GroupNorm(norm_num_groups, epsilon=1e-6, name="encoder.conv_norm_out", dtype=dtype)(x)
-        x = conv(2 * latent_channels, 3, "encoder.conv_out")(ops.silu(x))
+        x = conv(2 * latent_channels, 3, "encoder.conv_out")(silu(x))
         moments = conv(2 * latent_channels, 1, "quant_conv")(x)
         super().__init__(image, moments[..., :latent_channels] * scaling_factor, name=name)
 
