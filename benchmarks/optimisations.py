@@ -177,7 +177,12 @@ def all_models():
     put("keras_sd.parts", "Parts.read_ahead", lambda self, *names, keep: read_ahead(self, *names))
 
 
+def plain_norms():
+    put("keras_sd.layers.group_norm", "GroupNorm._fuses", lambda self, shape: False)
+
+
 def whole_norms():
+    plain_norms()
     put("keras_sd.layers.group_norm", "MAX_BAND", 2**62)
 
 
@@ -215,7 +220,9 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "gelu": ("GELU in the product before it, instead of apart in float32", "tensorflow", step, gelu_apart),
     "products": ("3×3 convolutions at few positions as products", "tensorflow", step, all_convolutions),
     "reading": ("weights read by two threads, instead of one", "tensorflow", loading, one_reader),
-    "bands": ("group normalization in bands that the cache holds", "tensorflow", decoding, whole_norms),
+    "norms": ("group normalization by batch normalization's kernels", "tensorflow", step, plain_norms),
+    "decoder_norms": ("the same, instead of in bands that the cache holds", "tensorflow", decoding, plain_norms),
+    "bands": ("the same, instead of whole pictures in float32", "tensorflow", decoding, whole_norms),
     "group_norm": ("`GroupNorm`, instead of Keras' own", "tensorflow", step, keras_group_norm),
     "one_pass": ("guidance in one batched pass, instead of two", "tensorflow", step, two_passes),
     "without_values": (

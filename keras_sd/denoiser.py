@@ -84,7 +84,7 @@ class Denoiser(FixedShapes, keras.Model):
         self._functions = {}  # shape of the latent, length of the context → compiled step
         self.compile(jit_compile=keras.backend.backend() == "jax" if jit_compile is None else jit_compile)
 
-    def call(self, inputs):
+    def call(self, inputs, training=False):
         latent, history = inputs["latent"], inputs["history"]
         column = [inputs["row"][:, i, None, None, None] for i in range(6 + HISTORY + 1)]
         input_scale, _, guidance, sample_coef, output_coef, carry = column[:6]

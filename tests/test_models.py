@@ -10,7 +10,7 @@ import transformers
 from diffusers.models.embeddings import get_timestep_embedding
 
 from keras_sd import Decoder, DiffusionModel, ImageEncoder, StableDiffusion, TextEncoder
-from keras_sd.layers import Upsample, dot_product_attention, timestep_embedding
+from keras_sd.layers import GroupNorm, Upsample, dot_product_attention, timestep_embedding
 from keras_sd.layers import attention as attention_module
 from keras_sd.layers.attention import GEGLU
 from keras_sd.layers.conv import Conv3x3
@@ -156,6 +156,34 @@ def test_a_convolution_at_few_positions_is_a_product(dtype, in_graph, monkeypatc
     np.testing.assert_allclose(numpy(product), expected, atol=1e-4 if dtype == "float32" else 0.3)
     with pytest.raises(TypeError):
         layer(keras.ops.zeros((2, 8, 8, 40), dtype))  # whose kernel is no larger than the picture
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 5, 7, 16), (3, 16, 16, 32)])
+def test_group_normalization_by_the_kernels_of_batch_normalization(dtype, shape):
+    layer = GroupNorm(4, epsilon=1e-5, dtype=dtype)
+    layer.build(shape)
+    layer.set_weights([RANDOM.standard_normal(w.shape, "float32") for w in layer.get_weights()])
+    x = keras.ops.cast(3 * RANDOM.standard_normal(shape, "float32") + 10, dtype)
+    grouped = numpy(x).astype("float64").reshape(shape[0], -1, 4, shape[-1] // 4)
+    centred = grouped - grouped.mean((1, 3), keepdims=True)
+    expected = (centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + 1e-5)).reshape(shape)
+    expected = expected * numpy(layer.gamma) + numpy(layer.beta)
+    eager, graph = layer(x, training=False), tf.function(lambda x: layer(x, training=False))(x)
+    unknown = tf.function(lambda x: layer(x, training=False), [tf.TensorSpec((None, *shape[1:]), dtype)])(x)
+    for result in (layer(x), eager, graph, unknown):
+        assert result.dtype == dtype
+        np.testing.assert_allclose(numpy(result), expected, atol=2e-5 if dtype == "float32" else 0.03)
+
+
+def test_no_wrong_gradient_of_a_prediction():
+    layer, x = GroupNorm(4), tf.ones((1, 4, 4, 8))
+    layer.build(x.shape)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x, training=False)
+    with pytest.raises(LookupError, match="training=True"):
+        tape.gradient(y, x)
 
 
 def test_gelu_in_the_product(monkeypatch):

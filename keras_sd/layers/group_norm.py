@@ -1,9 +1,13 @@
 """Group normalization over (batch, height, width, channels), statistics in float32."""
 
+import functools
+
 import keras
 from keras import ops
 
+MAX_SAMPLES = 8  # of a batch that TensorFlow normalizes one by one
 MAX_BAND = 2**19  # numbers that are normalized at once: 2 MB in float32, which the cache holds
+NO_GRADIENT = "a model that is called with training=False has none; training=True or None gives it"
 
 
 def _pieces(height, width, channels):
@@ -28,6 +32,7 @@ class GroupNorm(keras.layers.GroupNormalization):
 
     Call arguments:
         x: (B, H, W, C), any float dtype.
+        training: False, as `predict` has it, lets TensorFlow use kernels without a gradient.
 
     Reference: Wu & He (2018), Group Normalization, arXiv 1803.08494.
     """
@@ -35,8 +40,10 @@ class GroupNorm(keras.layers.GroupNormalization):
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def call(self, x):
+    def call(self, x, training=None):
         _, height, width, channels = x.shape
+        if training is False and self._fuses(x.shape):
+            return self._fused(x)
         pieces = _pieces(height, width, channels)
         if pieces > 1:
             return self._in_pieces(x, pieces)
@@ -44,6 +51,34 @@ class GroupNorm(keras.layers.GroupNormalization):
         mean = self._group_mean(ops.mean(wide, axis=(1, 2), keepdims=True), channels)
         variance = self._group_mean(ops.mean(ops.square(wide - mean), axis=(1, 2), keepdims=True), channels)
         return self.normalize(wide, mean, variance)
+
+    def _fuses(self, shape):
+        """Whether TensorFlow's batch normalization does it, in one pass for the statistics and one for the rest."""
+        known = keras.backend.backend() == "tensorflow" and None not in shape and shape[0] <= MAX_SAMPLES
+        return known and self.compute_dtype in ("float32", "bfloat16")
+
+    def _fused(self, x):
+        """A batch of one sample has the statistics of the sample's channels; those of the groups follow from them."""
+        import tensorflow as tf
+
+        batch_size, height, width, channels = x.shape
+        apply = functools.partial(tf.raw_ops.FusedBatchNormV3, epsilon=self.epsilon)
+        samples, none = tf.split(x, batch_size), tf.zeros([0])
+        moments = [
+            apply(x=one, scale=tf.ones([channels]), offset=tf.zeros([channels]), mean=none, variance=none)[1:3]
+            for one in samples
+        ]
+        per_channel, variance = (tf.stack(one)[:, None, None] for one in zip(*moments))
+        mean = self._group_mean(per_channel, channels)
+        variance = variance * (1 - 1 / (height * width)) + tf.square(per_channel - mean)  # it was divided by n - 1
+        variance = self._group_mean(variance, channels)
+        gamma, beta = (ops.cast(weight, "float32") for weight in (self.gamma, self.beta))
+        groups = zip(samples, tf.unstack(mean[:, 0, 0]), tf.unstack(variance[:, 0, 0]))
+        normalized = [
+            apply(x=one, scale=gamma, offset=beta, mean=m, variance=v, is_training=False)[0] for one, m, v in groups
+        ]
+        # TensorFlow's gradient of it would take the statistics for constants
+        return tf.raw_ops.PreventGradient(input=tf.concat(normalized, 0), message=NO_GRADIENT)
 
     def _in_pieces(self, x, pieces):
         """The same, in bands of rows that the cache holds; statistics merged as in Chan et al. (1983), equation 2.1."""
