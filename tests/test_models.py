@@ -148,14 +148,14 @@ def test_a_convolution_at_few_positions_is_a_product(dtype, in_graph, monkeypatc
         one.build(x.shape)
     layer.set_weights([RANDOM.standard_normal(w.shape, "float32") for w in layer.get_weights()])
     other.set_weights(layer.get_weights())
-    expected, plain = numpy(other(x)), layer(x, training=True)
+    expected, plain = numpy(other(x)), layer(x)
     assert (numpy(plain) == expected).all()
     monkeypatch.setattr(keras.layers.Conv2D, "call", None)
-    product = tf.function(layer)(x) if in_graph else layer(x)
+    product = tf.function(lambda x: layer(x, training=False))(x) if in_graph else layer(x, training=False)
     assert product.dtype == dtype and product.shape == (2, 4, 3, 64)
     np.testing.assert_allclose(numpy(product), expected, atol=1e-4 if dtype == "float32" else 0.3)
     with pytest.raises(TypeError):
-        layer(keras.ops.zeros((2, 8, 8, 40), dtype))  # whose kernel is no larger than the picture
+        layer(keras.ops.zeros((2, 8, 8, 40), dtype), training=False)  # whose kernel is no larger than the picture
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

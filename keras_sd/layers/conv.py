@@ -5,18 +5,19 @@ import keras
 
 @keras.saving.register_keras_serializable(package="keras_sd")
 class Conv3x3(keras.layers.Conv2D):
-    """`keras.layers.Conv2D`, 3×3 with padding, which TensorFlow computes as one product where positions are few and
-    the kernel is large.
+    """`keras.layers.Conv2D`, 3×3 with padding, which TensorFlow computes as one product in predictions where positions
+    are few and the kernel is large.
 
     oneDNN packs the kernel of a convolution anew in every call, into memory that the system clears for it: with 2560
-    channels at 8×8 positions that took several times as long as the product. Not while training, which would keep the
-    nine copies of the input.
+    channels at 8×8 positions that took several times as long as the product. Training would keep the nine copies of
+    the input, and LiteRT takes kernels as they are.
 
     Args:
         filters: output channels.
 
     Call arguments:
         x: (B, H, W, C).
+        training: False in predictions.
 
     Returns:
         (B, H, W, filters).
@@ -28,7 +29,7 @@ class Conv3x3(keras.layers.Conv2D):
     def call(self, x, training=None):
         _, height, width, channels = x.shape
         small = None not in (height, width) and 4 * height * width <= self.filters
-        if training or not small or keras.backend.backend() != "tensorflow":
+        if training is not False or not small or keras.backend.backend() != "tensorflow":
             return super().call(x)
         import tensorflow as tf
 

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 MAX_SAMPLES = 8  # of a batch that TensorFlow normalizes one by one
+MAX_POSITIONS = 2**16  # of which those kernels sum float32 numbers without losing digits
 MAX_BAND = 2**19  # numbers that are normalized at once: 2 MB in float32, which the cache holds
 NO_GRADIENT = "a model that is called with training=False has none; training=True or None gives it"
 
@@ -54,8 +55,10 @@ class GroupNorm(keras.layers.GroupNormalization):
 
     def _fuses(self, shape):
         """Whether TensorFlow's batch normalization does it, in one pass for the statistics and one for the rest."""
-        known = keras.backend.backend() == "tensorflow" and None not in shape and shape[0] <= MAX_SAMPLES
-        return known and self.compute_dtype in ("float32", "bfloat16")
+        if keras.backend.backend() != "tensorflow" or None in shape or shape[0] > MAX_SAMPLES:
+            return False
+        exact = self.compute_dtype == "float32" and shape[1] * shape[2] <= MAX_POSITIONS
+        return exact or self.compute_dtype == "bfloat16"
 
     def _fused(self, x):
         """A batch of one sample has the statistics of the sample's channels; those of the groups follow from them."""
