@@ -167,14 +167,14 @@ def nothing_ahead():
     from keras_sd.parts import Parts
 
     read_ahead = Parts.read_ahead
-    put("keras_sd.parts", "Parts.read_ahead", lambda self, *names, keep: read_ahead(self, keep=keep))
+    put("keras_sd.parts", "Parts.read_ahead", lambda self, *names, keep=True: read_ahead(self, keep=keep))
 
 
 def all_models():
     from keras_sd.parts import Parts
 
     read_ahead = Parts.read_ahead
-    put("keras_sd.parts", "Parts.read_ahead", lambda self, *names, keep: read_ahead(self, *names))
+    put("keras_sd.parts", "Parts.read_ahead", lambda self, *names, keep=True: read_ahead(self, *names))
 
 
 def plain_norms():

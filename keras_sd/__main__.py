@@ -317,7 +317,7 @@ def draw_pictures(args):
     check_watermark(args, sd, pictures)
     options |= load_additions(sd, args, loras) | watching(args, sd)
     options |= load_controls(args, controls)
-    sd.read_ahead("diffusion_model", "decoder", keep=args.n_iter > 1 or "hires" in options)
+    sd.read_ahead("diffusion_model", keep=args.n_iter > 1 or "hires" in options)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     if varies and args.variation_seed is None:
         args.variation_seed = secrets.randbits(31)
@@ -542,11 +542,16 @@ def check_preview(args):
 
 
 def watching(args, sd):
-    """The callback that --preview asks for, as an argument: it writes the file about ten times a run."""
-    if args.preview is None:
-        return {}
+    """The callback, as an argument: reads the decoder ahead, and writes --preview's file about ten times a run."""
+    from keras_sd.memory import trim
 
-    def callback(step, num_steps, latent):
+    def read_decoder(step, num_steps, latent):
+        if step == 0:  # which takes the most memory, and leaves what the graph was optimized with
+            trim()
+            sd.read_ahead("decoder")
+
+    def write_preview(step, num_steps, latent):
+        read_decoder(step, num_steps, latent)
         import numpy as np
         from PIL import Image
 
@@ -558,7 +563,7 @@ def watching(args, sd):
             with atomic_file(args.preview) as file:
                 image.save(file, format="PNG")
 
-    return {"callback": callback}
+    return {"callback": read_decoder if args.preview is None else write_preview}
 
 
 # === interpolate ===
@@ -723,8 +728,10 @@ def open_model(source, args):
 
 def start_backend():
     """Imports Keras with the backend's start-up notes, which C++ writes to file descriptor 2, kept off the terminal."""
+    from keras_sd.memory import frugal_allocators
     from keras_sd.weights.hub import cache_folder
 
+    frugal_allocators()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))  # what one command compiled
     sys.stderr.flush()

@@ -11,11 +11,12 @@ import keras
 from keras_sd.arguments import check_integer, check_number, check_ratio
 from keras_sd.denoiser import Denoiser
 from keras_sd.lora import Adapters, add_lora, lora_factors, lora_layers, remove_lora, target_layers
+from keras_sd.memory import trim
 from keras_sd.presets import locate
 from keras_sd.scheduler_config import read_scheduler_config
 from keras_sd.weights.int8 import quantize
 from keras_sd.weights.lora import write_lora
-from keras_sd.weights.streaming import settle, streamed, trim
+from keras_sd.weights.streaming import settle, streamed
 from keras_sd.weights.textual_inversion import read_textual_inversion
 
 

@@ -34,8 +34,8 @@ class Conv3x3(keras.layers.Conv2D):
         import tensorflow as tf
 
         padded = tf.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-        rows = tf.reshape(tf.concat(shifted, axis=-1), (-1, 9 * channels))
+        columns = tf.concat([padded[:, :, j : j + width] for j in range(3)], axis=-1)
+        rows = tf.concat([columns[:, i : i + height] for i in range(3)], axis=-1)
         kernel = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.filters))
-        y = tf.nn.bias_add(tf.matmul(rows, kernel), self.bias)
+        y = tf.nn.bias_add(tf.matmul(tf.reshape(rows, (-1, 9 * channels)), kernel), self.bias)
         return tf.reshape(y, (-1, height, width, self.filters))

@@ -66,19 +66,20 @@ class GroupNorm(keras.layers.GroupNormalization):
 
         batch_size, height, width, channels = x.shape
         apply = functools.partial(tf.raw_ops.FusedBatchNormV3, epsilon=self.epsilon)
-        samples, none = tf.split(x, batch_size), tf.zeros([0])
-        moments = [
-            apply(x=one, scale=tf.ones([channels]), offset=tf.zeros([channels]), mean=none, variance=none)[1:3]
-            for one in samples
-        ]
-        per_channel, variance = (tf.stack(one)[:, None, None] for one in zip(*moments))
-        mean = self._group_mean(per_channel, channels)
+        samples, size = tf.split(x, batch_size), channels // self.groups
+        ones, zeros, none = (tf.constant(x, shape=(n,)) for x, n in ((1.0, channels), (0.0, channels), (0.0, 0)))
+        moments = [apply(x=one, scale=ones, offset=zeros, mean=none, variance=none)[1:3] for one in samples]
+        per_channel, variance = (tf.reshape(tf.stack(one), (-1, self.groups, size)) for one in zip(*moments))
+        mean = tf.reduce_mean(per_channel, -1, keepdims=True)
         variance = variance * (1 - 1 / (height * width)) + tf.square(per_channel - mean)  # it was divided by n - 1
-        variance = self._group_mean(variance, channels)
+        variance = tf.reduce_mean(variance, -1, keepdims=True)
+        spread = (
+            tf.unstack(tf.reshape(one * tf.constant(1.0, shape=(size,)), (-1, channels))) for one in (mean, variance)
+        )
         gamma, beta = (ops.cast(weight, "float32") for weight in (self.gamma, self.beta))
-        groups = zip(samples, tf.unstack(mean[:, 0, 0]), tf.unstack(variance[:, 0, 0]))
         normalized = [
-            apply(x=one, scale=gamma, offset=beta, mean=m, variance=v, is_training=False)[0] for one, m, v in groups
+            apply(x=one, scale=gamma, offset=beta, mean=m, variance=v, is_training=False)[0]
+            for one, m, v in zip(samples, *spread)
         ]
         # TensorFlow's gradient of it would take the statistics for constants
         return tf.raw_ops.PreventGradient(input=tf.concat(normalized, 0), message=NO_GRADIENT)

@@ -6,7 +6,6 @@ takes: from the system's file cache, where the file has room in it, about as lon
 
 import contextlib
 import contextvars
-import ctypes
 
 import keras
 import numpy as np
@@ -62,9 +61,3 @@ def settle(model):
     for variable in model.variables:
         if getattr(variable, "_value", variable) is None:
             variable.assign(variable.value)
-
-
-def trim():
-    """Gives memory that was freed back to the system, which glibc's allocator keeps by itself."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
