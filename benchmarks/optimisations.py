@@ -54,24 +54,29 @@ def loading(preset, steps):
 
 def importing(preset, steps):
     """Seconds until a command has Keras and its backend."""
-    from keras_sd.__main__ import patient_with_garbage, start_backend
-
     start = clock()
-    patient_with_garbage()
-    start_backend()
+    prepare()
     return [clock() - start]
 
 
 def command(preset, steps):
-    """Seconds of `txt2img` with four steps."""
-    from keras_sd.__main__ import main, patient_with_garbage
+    """Seconds of `txt2img` with four steps, once Keras is there."""
+    from keras_sd.__main__ import main
 
+    prepare()
     start = clock()
-    patient_with_garbage()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         options = "--preset", preset, "--dtype", "bfloat16", "--steps", "4", "--out", f"{folder}/a.png"
         main(["txt2img", "a cat", *options])
     return [clock() - start]
+
+
+def prepare():
+    """What a command does before all else; nothing may import TensorFlow before."""
+    from keras_sd.__main__ import patient_with_garbage, start_backend
+
+    patient_with_garbage()
+    start_backend()
 
 
 def decoding(preset, steps):
@@ -164,6 +169,7 @@ def all_convolutions():
 
 
 def nothing_ahead():
+    prepare()
     from keras_sd.parts import Parts
 
     read_ahead = Parts.read_ahead
@@ -171,10 +177,16 @@ def nothing_ahead():
 
 
 def all_models():
+    prepare()
     from keras_sd.parts import Parts
 
     read_ahead = Parts.read_ahead
     put("keras_sd.parts", "Parts.read_ahead", lambda self, *names, keep=True: read_ahead(self, *names))
+
+
+def many_heaps():
+    put("keras_sd.memory", "one_heap", lambda: None)
+    put("keras_sd.memory", "trim", lambda: None)
 
 
 def plain_norms():
@@ -243,6 +255,12 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     ),
     "ahead": ("models read while others work, in commands", "tensorflow", command, nothing_ahead),
     "once": ("models given up once they are used, in commands", "tensorflow", command, all_models),
+    "heap": (
+        "one heap for all threads, given back after the first step, in commands",
+        "tensorflow",
+        command,
+        many_heaps,
+    ),
     "separate": ("queries, keys and values in three products, instead of one", "tensorflow", step, one_product),
 }
 

@@ -728,10 +728,10 @@ def open_model(source, args):
 
 def start_backend():
     """Imports Keras with the backend's start-up notes, which C++ writes to file descriptor 2, kept off the terminal."""
-    from keras_sd.memory import frugal_allocators
+    from keras_sd.memory import one_heap
     from keras_sd.weights.hub import cache_folder
 
-    frugal_allocators()
+    one_heap()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))  # what one command compiled
     sys.stderr.flush()

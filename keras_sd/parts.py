@@ -187,9 +187,9 @@ class Parts:
         if name in self._reading:
             model = self._reading.pop(name).result()
         else:
+            in_file = "diffusion_model" if self.low_memory else None if self.keeps_models else "text_encoder"
             # XLA cannot read a file
-            streams = self.low_memory and name == "diffusion_model" and not self.jit_compile
-            with streamed() if streams else nullcontext():
+            with streamed() if name == in_file and not self.jit_compile else nullcontext():
                 model = (read or getattr(self.checkpoint, name))(self.dtype)
         self._replaceable[name] = self._compiled(model)
         return model
@@ -200,7 +200,8 @@ class Parts:
 
         Args:
             names: of the models, in the order in which they are going to be used.
-            keep: False for whoever draws once: each model is given up when the next one is asked for.
+            keep: False for whoever draws once: each model is given up when the next one is asked for, and the text
+                encoder's weights stay in their file, on TensorFlow.
         """
         # KerasCV's folders tell by their weights alone what the models look like
         self.keeps_models = self.keeps_models and (keep or self.checkpoint.arguments is None)

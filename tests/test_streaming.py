@@ -53,6 +53,15 @@ def test_only_the_large_weights_of_the_diffusion_model_stay(frugal, monkeypatch)
     assert 1 <= len(in_file(frugal.diffusion_model)) <= 10 + sizes.count(sizes[-10])
 
 
+def test_the_text_encoder_of_whoever_draws_once_stays(tiny):
+    whole, once = StableDiffusion.from_preset(tiny), StableDiffusion.from_preset(tiny)
+    once.read_ahead("diffusion_model", keep=False)
+    kernels = [variable for variable in once.text_encoder.variables if len(variable.shape) > 1]
+    assert in_file(once.text_encoder) == kernels
+    np.testing.assert_allclose(draw(once), draw(whole).astype(int), rtol=0, atol=1)
+    assert not in_file(once.decoder) and "diffusion_model" not in vars(once)
+
+
 def test_each_weight_is_read_once_in_a_step_after_what_it_is_needed_for(frugal, monkeypatch):
     read = streaming.read_in_graph
     made = []
