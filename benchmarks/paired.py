@@ -144,9 +144,11 @@ def spread(values, digits=2):
 
 
 def best(rounds, runners, value):
-    """The runner with the least median of a value; None where none has it."""
+    """The runner with the least median of a value, of those that ran in the most rounds; None where none has it."""
     values = {r: [_middle(one[r][value]) for one in rounds if value in one.get(r, {})] for r in runners}
-    return min((r for r in values if values[r]), key=lambda r: statistics.median(values[r]), default=None)
+    most = max(map(len, values.values()), default=0)
+    often = [r for r in values if most and len(values[r]) == most]
+    return min(often, key=lambda r: statistics.median(values[r]), default=None)
 
 
 def _middle(value):

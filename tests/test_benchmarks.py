@@ -21,6 +21,7 @@ def test_ratios_are_of_runs_of_one_round():
     assert paired.spread([]) == "–"
     assert paired.best(rounds, ("a", "b", "c"), "t") == "a"
     assert paired.best(rounds, ("c",), "t") is None
+    assert paired.best([*rounds, {"d": {"t": 0.1}}], ("a", "b", "d"), "t") == "a"  # one lucky round
 
 
 def test_rounds_are_resumed_and_failures_not_repeated(folder):
