@@ -168,14 +168,6 @@ def all_convolutions():
     put("keras_sd.layers.conv", "Conv3x3.call", lambda self, x: keras.layers.Conv2D.call(self, x))
 
 
-def nothing_ahead():
-    prepare()
-    from keras_sd.parts import Parts
-
-    read_ahead = Parts.read_ahead
-    put("keras_sd.parts", "Parts.read_ahead", lambda self, *names, keep=True: read_ahead(self, keep=keep))
-
-
 def all_models():
     prepare()
     from keras_sd.parts import Parts
@@ -253,7 +245,6 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
         importing,
         all_imports,
     ),
-    "ahead": ("models read while others work, in commands", "tensorflow", command, nothing_ahead),
     "once": ("models given up once they are used, in commands", "tensorflow", command, all_models),
     "heap": (
         "one heap for all threads, given back after the first step, in commands",

@@ -317,7 +317,7 @@ def draw_pictures(args):
     check_watermark(args, sd, pictures)
     options |= load_additions(sd, args, loras) | watching(args, sd)
     options |= load_controls(args, controls)
-    sd.read_ahead("diffusion_model", keep=args.n_iter > 1 or "hires" in options)
+    sd.read_ahead(keep=args.n_iter > 1 or "hires" in options)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     if varies and args.variation_seed is None:
         args.variation_seed = secrets.randbits(31)
