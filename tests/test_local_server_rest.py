@@ -8,6 +8,7 @@ import http.client
 import json
 import random
 import socket
+import threading
 import time
 
 import numpy as np
@@ -503,6 +504,19 @@ def test_running_requests_may_end_and_endless_ones_are_cancelled(models):
     idle.close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.port))
+
+
+def test_an_idle_connection_does_not_hold_the_end_up(models):
+    server = rest_server.serve(models, 0, 0, host="127.0.0.1")
+    idle = http.client.HTTPConnection("127.0.0.1", server.port)
+    idle.request("GET", "/v1/models/odd")
+    idle.getresponse().read()
+    stop = threading.Thread(target=server.stop, args=(600,), daemon=True)
+    stop.start()
+    stop.join(60)
+    assert not stop.is_alive()
+    assert idle.sock.recv(10) == b""
+    idle.close()
 
 
 # Nonsense

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -48,8 +49,7 @@ def _serve(options, stopping):
     config = _model_config(options)
     monitoring_path = options.monitoring_config_file and config_files.monitoring_path(options.monitoring_config_file)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+    _set_on_signal(stopping)
     # TensorFlow takes seconds to import: not before the flags are known to be right.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
@@ -109,6 +109,17 @@ def _serve(options, stopping):
         stop.join(max(0, end - time.monotonic()))
     if any(stop.is_alive() for stop in stops):
         logging.error("requests that cannot be stopped are still running")
+
+
+def _set_on_signal(stopping):
+    """A thread of its own waits for what the signals write: Python's handlers run in the main thread alone, once it
+    wakes, which is never where the system hands the signal to another one."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer.detach())
+    threading.Thread(target=lambda: (reader.recv(1), stopping.set()), name="signals", daemon=True).start()
 
 
 def _model_config(options):

@@ -114,17 +114,14 @@ class _Server:
 
     async def _stop(self, grace_seconds):
         self._listener.close()
-        self._http.pre_shutdown()  # connections close as soon as nothing runs on them
-        await self._connections_close(grace_seconds)
+        self._http.pre_shutdown()  # connections take no further requests
+        cancelling = self._loop.call_later(grace_seconds, self._cancel)
+        await self._http.shutdown(grace_seconds + 1)
+        cancelling.cancel()
+
+    def _cancel(self):
         for call in list(self._calls):
             call.cancel()
-        await self._connections_close(1)
-        await self._http.shutdown(0)
-
-    async def _connections_close(self, seconds):
-        end = time.monotonic() + seconds
-        while self._http.connections and time.monotonic() < end:
-            await asyncio.sleep(0.02)
 
     async def _handle(self, request):
         """Answers one HTTP request."""
