@@ -143,6 +143,23 @@ def keras_group_norm():
     put("keras_sd.layers.group_norm", "GroupNorm.call", keras.layers.GroupNormalization.call)
 
 
+def text_from_the_start():
+    put("keras_sd.models.diffusion_model", "DiffusionModel.guided", None)
+
+
+def keras_layer_norm():
+    import keras
+
+    put("keras_sd.layers.layer_norm", "LayerNorm.call", keras.layers.LayerNormalization.call)
+
+
+def doubled_pictures():
+    from keras_sd.layers.resampling import Upsample
+
+    call = Upsample.call
+    put("keras_sd.layers.resampling", "Upsample.call", lambda self, x, like=None: call(self, x, like))
+
+
 def two_passes():
     from keras_sd.parts import Parts
 
@@ -228,6 +245,17 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "decoder_norms": ("the same, instead of in bands that the cache holds", "tensorflow", decoding, plain_norms),
     "bands": ("the same, instead of whole pictures in float32", "tensorflow", decoding, whole_norms),
     "group_norm": ("`GroupNorm`, instead of Keras' own", "tensorflow", step, keras_group_norm),
+    "layer_norm": ("layer normalization by one kernel, instead of Keras' own", "tensorflow", step, keras_layer_norm),
+    "doubling": ("doubling and its convolution in one, instead of two", "tensorflow", step, doubled_pictures),
+    "doubling_openvino": ("the same", "openvino", step, doubled_pictures),
+    "doubling_decoder": ("the same", "tensorflow", decoding, doubled_pictures),
+    "textless": (
+        "what comes before the text once for both halves of guidance, instead of twice",
+        "tensorflow",
+        step,
+        text_from_the_start,
+    ),
+    "textless_openvino": ("the same", "openvino", step, text_from_the_start),
     "one_pass": ("guidance in one batched pass, instead of two", "tensorflow", step, two_passes),
     "without_values": (
         "models built without values before a file is read, instead of initialized",

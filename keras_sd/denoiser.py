@@ -24,7 +24,7 @@ class Denoiser(FixedShapes, keras.Model):
     Args:
         diffusion_model: a `DiffusionModel`.
         two_passes: run the network on the unconditional and on the conditional half one after the other instead of
-            as one batch of twice the size: half the memory, a little slower.
+            as one batch of twice the size (`DiffusionModel.guided`): half the memory, a little slower.
         jit_compile: compile with XLA; by default only on JAX.
         control_nets: `ControlNet`s that steer it; what they add sums up.
         guess_mode: they steer the conditional half only, and the less the earlier on the U-Net's way down: the
@@ -81,6 +81,7 @@ class Denoiser(FixedShapes, keras.Model):
                 f"cache_interval must be 1 with ControlNets, which steer deep layers; got {cache_interval}."
             )
         self.whole, self.shallow = diffusion_model.reusing if cache_interval > 1 else (diffusion_model, None)
+        self.guided = None if two_passes or cache_interval > 1 else diffusion_model.guided
         self._functions = {}  # shape of the latent, length of the context → compiled step
         self.compile(jit_compile=keras.backend.backend() == "jax" if jit_compile is None else jit_compile)
 
@@ -124,11 +125,14 @@ class Denoiser(FixedShapes, keras.Model):
             else:
                 doubled = {key: _twice(inputs[key]) for key in ("conditioning", "control_scale") if key in inputs}
                 residuals = self._residuals(doubled, _twice(latent), _twice(timestep), contexts)
-            both, deep = self._predict(_twice(seen), _twice(timestep), contexts, _twice(label), residuals, deep)
+            if self.guided and residuals is None:
+                both, deep = self._predict(seen, timestep, contexts, label, guided=True)
+            else:
+                both, deep = self._predict(_twice(seen), _twice(timestep), contexts, _twice(label), residuals, deep)
             unconditional, conditional = ops.split(both, 2)
         return unconditional + guidance * (conditional - unconditional), deep
 
-    def _predict(self, latent, timestep, context, label=None, residuals=None, deep=None):
+    def _predict(self, latent, timestep, context, label=None, residuals=None, deep=None, guided=False):
         text, picture = self._split(context)
         inputs = {"latent": latent, "timestep_embedding": self._embedding(timestep), "context": text}
         if label is not None:
@@ -140,6 +144,8 @@ class Denoiser(FixedShapes, keras.Model):
                 return ops.cast(self.controlled({**inputs, "residuals": residuals}), "float32"), None
             if deep is not None:
                 return ops.cast(self.shallow({**inputs, "deep": deep}), "float32"), None
+            if guided:
+                return ops.cast(self.guided(inputs), "float32"), None
             outputs = self.whole(inputs)
             outputs = outputs if self.shallow else {"prediction": outputs}
             return ops.cast(outputs["prediction"], "float32"), outputs.get("deep")

@@ -170,7 +170,7 @@ def _upsampled(layer, picture):
     def read(start, stop):
         top = max(start // 2 - 1, 0)
         rows = picture.read(top, min((stop + 1) // 2 + 1, picture.height))
-        return layer(rows)[:, start - 2 * top : stop - 2 * top]
+        return layer(rows, training=False)[:, start - 2 * top : stop - 2 * top]
 
     return _Picture(2 * picture.height, 2 * picture.width, read, picture.stored)
 

@@ -10,10 +10,11 @@ import transformers
 from diffusers.models.embeddings import get_timestep_embedding
 
 from keras_sd import Decoder, DiffusionModel, ImageEncoder, StableDiffusion, TextEncoder
-from keras_sd.layers import GroupNorm, Upsample, dot_product_attention, timestep_embedding
+from keras_sd.layers import GroupNorm, SpatialTransformer, Upsample, dot_product_attention, timestep_embedding
 from keras_sd.layers import attention as attention_module
 from keras_sd.layers.attention import GEGLU
 from keras_sd.layers.conv import Conv3x3
+from keras_sd.layers.layer_norm import LayerNorm
 
 RANDOM = np.random.default_rng(0)
 
@@ -209,6 +210,80 @@ def test_upsample_takes_the_size_of_the_skip_connection():
     assert distance(layer(x), numpy(layer.conv(doubled))) < 1e-6
     skip = np.zeros((1, 3, 5, 9), "float32")
     assert distance(layer(x, like=skip), numpy(layer.conv(doubled[:, :3, :5]))) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [(4, 7), (3, 3), (None, None)])
+def test_doubling_and_convolution_in_one(dtype, size, monkeypatch):
+    x = keras.ops.cast(RANDOM.standard_normal((2, *(side or 5 for side in size), 6), "float32"), dtype)
+    layer = Upsample(8, dtype=dtype)
+    layer.build(x.shape)
+    layer.set_weights([RANDOM.standard_normal(w.shape, "float32") for w in layer.get_weights()])
+    expected, given = numpy(layer(x)), (tf.TensorSpec((None, *size, 6), dtype),)
+    cut = numpy(layer(x, like=np.zeros((2, expected.shape[1] - 1, expected.shape[2], 1))))
+    monkeypatch.setattr(keras.layers.Conv2D, "call", None)  # which sees a doubled picture
+    results = [layer(x, training=False), tf.function(lambda x: layer(x, training=False), given)(x)]
+    for result in [*results, layer(x, like=expected, training=False)]:
+        assert result.dtype == dtype
+        np.testing.assert_allclose(numpy(result), expected, atol=2e-5 if dtype == "float32" else 0.5)
+    monkeypatch.undo()  # below the last row of a picture of an odd size there is nothing
+    again = numpy(layer(x, like=np.zeros((2, expected.shape[1] - 1, expected.shape[2], 1)), training=False))
+    np.testing.assert_array_equal(again, cut)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+def test_layer_normalization_by_one_kernel(dtype):
+    layer, x = LayerNorm(epsilon=1e-5, dtype=dtype), 3 * RANDOM.standard_normal((2, 5, 24), "float32") + 10
+    layer.build(x.shape)
+    layer.set_weights([RANDOM.standard_normal(w.shape, "float32") for w in layer.get_weights()])
+    x = keras.ops.cast(x, layer.compute_dtype)
+    wide = numpy(x).astype("float64")
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    expected = expected * numpy(layer.gamma) + numpy(layer.beta)
+    given = (tf.TensorSpec((None, None, 24), x.dtype),)
+    eager, graph = layer(x, training=False), tf.function(lambda x: layer(x, training=False))(x)
+    unknown = tf.function(lambda x: layer(x, training=False), given)(x)
+    compiled = tf.function(lambda x: layer(x, training=False), jit_compile=True)(x)
+    for result in (layer(x), eager, graph, unknown, compiled):
+        assert result.dtype == x.dtype
+        np.testing.assert_allclose(numpy(result), expected, atol=2e-5 if dtype == "float32" else 0.05)
+
+
+# === Guidance ===
+
+LEVELS = {
+    "first": {"attention_levels": (True, True, False)},
+    "later": {"attention_levels": (False, False, True), "use_linear_projection": True},
+    "middle": {"attention_levels": (False, False, False), "layers_per_block": 1},
+    "upscaler": {
+        "attention_levels": (False, True, True),
+        "only_cross_attention": (True, True, False),
+        "in_channels": 7,
+        "num_class_embeds": 9,
+    },
+}
+
+
+@pytest.mark.parametrize("levels", list(LEVELS))
+def test_what_comes_before_the_text_is_computed_once(levels):
+    model = DiffusionModel(**{**NARROW[DiffusionModel], "block_out_channels": (16, 16, 32), **LEVELS[levels]})
+    channels = model.arguments["in_channels"]
+    inputs = {**inputs_of(DiffusionModel), "latent": RANDOM.standard_normal((2, 6, 9, channels), "float32")}
+    if "num_class_embeds" in LEVELS[levels]:
+        inputs["class_label"] = np.array([3, 7], "int32")
+    contexts = RANDOM.standard_normal((4, *inputs["context"].shape[1:]), "float32")
+    expected = [numpy(model({**inputs, "context": half})) for half in (contexts[:2], contexts[2:])]
+    assert distance(*expected) > 1e-3
+    guided = model.guided
+    assert distance(guided({**inputs, "context": contexts}), np.concatenate(expected)) < 1e-5
+    first = next(x for x in model.layers if isinstance(x, SpatialTransformer))
+    sizes = {}
+    for layer in (model.get_layer("conv_in"), first.norm, first.block.attn1, first.block.attn2, first.proj_out):
+        call = layer.call
+        layer.call = lambda x, *a, name=layer.name, call=call, **k: sizes.update({name: x.shape[0]}) or call(x, *a, **k)
+    guided({**inputs, "context": contexts})
+    sees_text = 4 if first.block.only_cross_attention else 2
+    assert list(sizes.values()) == [2, 2, sees_text, 4, 4]
 
 
 # === As Keras models ===

@@ -197,9 +197,12 @@ def test_two_passes_and_one_pass_draw_the_same(sd, tiny):
 def test_guidance_of_one_runs_the_network_once(sd, monkeypatch):
     sizes = []
     call = sd.denoiser._predict
-    monkeypatch.setattr(
-        sd.denoiser, "_predict", lambda latent, *a: (sizes.append(latent.shape[0]), call(latent, *a))[1]
-    )
+
+    def predict(latent, timestep, context, *args, **kwargs):
+        sizes.append(context.shape[0])
+        return call(latent, timestep, context, *args, **kwargs)
+
+    monkeypatch.setattr(sd.denoiser, "_predict", predict)
     inputs = {
         "latent": np.zeros((1, 8, 8, 4), "float32"),
         "history": np.zeros((1, 5, 8, 8, 4), "float32"),

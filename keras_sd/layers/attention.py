@@ -1,5 +1,6 @@
 """Attention: the kernel, the multi-head layer, and the U-Net's spatial transformer."""
 
+import functools
 import math
 
 import keras
@@ -7,6 +8,7 @@ from keras import ops
 
 from keras_sd.layers.backend_fixes import after
 from keras_sd.layers.group_norm import GroupNorm
+from keras_sd.layers.layer_norm import LayerNorm
 from keras_sd.layers.recompute import maybe_recomputed
 from keras_sd.layers.token_merging import token_merging
 
@@ -220,13 +222,15 @@ class TransformerBlock(keras.layers.Layer):
         x: (B, N, dim).
         context: (B, M, any width).
         merging: (height, width, ratio) of the grid that x is, to merge tokens for the self-attention; by default none.
+        contexts: how many contexts there are for every sample of x: the batch of the context, and that of the result,
+            is so many times that of x. What does not see the context is computed once.
     """
 
     def __init__(self, dim, num_heads, only_cross_attention=False, **kwargs):
         super().__init__(**kwargs)
         self.only_cross_attention = only_cross_attention
         self.norm1, self.norm2, self.norm3 = (
-            keras.layers.LayerNormalization(epsilon=1e-5, name=f"norm{i}", dtype=self.dtype_policy) for i in (1, 2, 3)
+            LayerNorm(epsilon=1e-5, name=f"norm{i}", dtype=self.dtype_policy) for i in (1, 2, 3)
         )
         self.attn1 = Attention(dim, num_heads, name="attn1", dtype=self.dtype_policy)
         self.attn2 = Attention(dim, num_heads, name="attn2", dtype=self.dtype_policy)
@@ -243,15 +247,20 @@ class TransformerBlock(keras.layers.Layer):
     def compute_output_shape(self, x_shape, context_shape):
         return x_shape
 
-    def call(self, x, context, merging=None):
-        hidden = self.norm1(x)
-        if merging is None:
-            x = x + self.attn1(hidden, context if self.only_cross_attention else None)
+    def call(self, x, context, merging=None, contexts=1):
+        if self.only_cross_attention:
+            x = repeated(x, contexts)
+            x = x + self.attn1(self.norm1(x), context)
         else:
-            merge, unmerge = token_merging(hidden, *merging)
-            x = x + unmerge(self.attn1(merge(hidden)))
+            x = repeated(x + self._self_attention(self.norm1(x), merging), contexts)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.dense(self.geglu(self.norm3(x)))
+
+    def _self_attention(self, x, merging):
+        if merging is None:
+            return self.attn1(x)
+        merge, unmerge = token_merging(x, *merging)
+        return unmerge(self.attn1(merge(x)))
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
@@ -268,6 +277,7 @@ class SpatialTransformer(keras.layers.Layer):
     Call arguments:
         x: (B, H, W, dim).
         context: (B, M, any width).
+        contexts: see `TransformerBlock`.
 
     Reference: Rombach et al. (2022), arXiv 2112.10752, appendix E.2.1.
     """
@@ -297,12 +307,17 @@ class SpatialTransformer(keras.layers.Layer):
     def compute_output_shape(self, x_shape, context_shape):
         return x_shape
 
-    def call(self, x, context):
-        return maybe_recomputed(self, self._forward, x, context)
+    def call(self, x, context, contexts=1):
+        return maybe_recomputed(self, functools.partial(self._forward, contexts=contexts), x, context)
 
-    def _forward(self, x, context):
+    def _forward(self, x, context, contexts=1):
         height, width = ops.shape(x)[1:3]
         hidden = ops.reshape(self.proj_in(self.norm(x)), (-1, height * width, self.dim))
         merging = (height, width, self.token_merging) if self.token_merging else None
-        hidden = ops.reshape(self.block(hidden, context, merging=merging), (-1, height, width, self.dim))
-        return x + self.proj_out(hidden)
+        hidden = self.block(hidden, context, merging=merging, contexts=contexts)
+        return repeated(x, contexts) + self.proj_out(ops.reshape(hidden, (-1, height, width, self.dim)))
+
+
+def repeated(x, times):
+    """A batch so many times: (B, …) → (times · B, …)."""
+    return x if times == 1 else ops.concatenate([x] * times)

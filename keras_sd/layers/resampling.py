@@ -39,6 +39,7 @@ class Upsample(keras.layers.Layer):
         x: (B, H, W, C).
         like: optional tensor whose height and width the result takes (2H or 2H - 1, 2W or 2W - 1): the next skip
             connection, where a level's size was odd.
+        training: False in predictions.
     """
 
     def __init__(self, filters, **kwargs):
@@ -53,7 +54,11 @@ class Upsample(keras.layers.Layer):
         doubled = (None if side is None else 2 * side for side in (height, width))
         return (batch_size, *(like_shape[1:3] if like_shape else doubled), self.conv.filters)
 
-    def call(self, x, like=None):
+    def call(self, x, like=None, training=None):
+        doubled = self.compute_output_shape(x.shape)[1:3]
+        fits = like is None or (None not in doubled and tuple(like.shape[1:3]) == doubled)
+        if training is False and fits and not self.conv.few_positions(*doubled):
+            return self.conv(x, doubled=True)
         # Rows and columns doubled by concatenation and reshape: plain copies, on every backend and in every export.
         _, height, width, channels = ops.shape(x)
         x = ops.reshape(ops.concatenate([x, x], axis=-1), (-1, height, 2 * width * channels))

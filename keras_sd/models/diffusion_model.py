@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_sd.layers import Downsample, GroupNorm, ResnetBlock, SpatialTransformer, Upsample
+from keras_sd.layers.attention import repeated
 from keras_sd.layers.backend_fixes import silu
 from keras_sd.models.network import Network
 
@@ -107,6 +108,24 @@ class DiffusionModel(Network):
         # === Config ===
         self.arguments = arguments
         self._joints, self._deep = joints, deep
+        above = attends.index(True) if any(attends) else len(widths)  # levels that do not see the text
+        self._textless = joints[2:][: 1 + above * (layers_per_block + 1)]
+
+    @property
+    def guided(self):
+        """A model with the same layers for guidance: two contexts, (2 B, 77, cross_attention_dim), for every latent.
+        Inputs as this model's, the latent and all else (B, …) → prediction (2 B, h, w, out_channels), the first half of
+        it for the first contexts. What comes before the first look at the text is computed once for both."""
+        inputs, time = dict(self.input), self._joints[0]
+        context = inputs.pop("context")
+        transformer = next(layer for layer in self.layers if isinstance(layer, SpatialTransformer))
+        before = keras.Model(inputs, [transformer.input[0], time, *self._textless])
+        after = keras.Model([transformer.output, time, *self._textless, context], self.output)
+        contexts = keras.Input(context.shape[1:], None, context.dtype, name="context")
+        x, *joints = before(inputs)
+        x = transformer(x, contexts, contexts=2)
+        prediction = after([x, *(repeated(joint, 2) for joint in joints), contexts])
+        return keras.Model({**inputs, "context": contexts}, prediction, name=self.name)
 
     @property
     def reusing(self):
