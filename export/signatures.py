@@ -4,6 +4,7 @@ Every function checks what it is given with `Assert` ops, so that a server answe
 that names the input. Only core TensorFlow ops are used, float32, integers and strings at the border.
 """
 
+import functools
 import json
 
 import keras
@@ -151,11 +152,18 @@ def _for_batch(name, tensor, batch_size):
 # === diffusion_model and denoiser ===
 
 
+def predicting(model):
+    """A model as it predicts: layers then use kernels that have no gradient."""
+    return functools.partial(model, training=False)
+
+
 class _Network:
-    """The U-Net as one graph function, so that the branches of a graph share it."""
+    """The U-Net as one graph function, so that the branches of a graph share it: for one context of each latent or
+    two."""
 
     def __init__(self, model, compiled):
-        self.inputs, self._function = model.inputs, compiled(model)
+        self.guided = model.guided
+        self.inputs, self._function = model.inputs, compiled(predicting(self.guided))
 
     def __call__(self, inputs):
         return self._function(inputs)
@@ -172,11 +180,8 @@ class _Step(Denoiser):
         batch, timestep = tf.shape(latent)[0], inputs["row"][:, TIMESTEP]
         working = inputs["row"][:, INPUT_SCALE] != 0.0
         guided = tf.where(tf.reduce_any(working & (inputs["row"][:, GUIDANCE] != 1.0)), batch, 0)
-        both, _ = self._predict(
-            tf.concat([latent[:guided], latent], axis=0),
-            tf.concat([timestep[:guided], timestep], axis=0),
-            tf.concat([inputs["unconditional_context"][:guided], inputs["context"]], axis=0),
-        )
+        contexts = tf.concat([inputs["unconditional_context"][:guided], inputs["context"]], axis=0)
+        both, _ = self._predict(latent, timestep, contexts)
         conditional = both[guided:]
         unconditional = both[:batch]  # the conditional half itself where there is no other
         return unconditional + guidance * (conditional - unconditional), None
@@ -366,7 +371,7 @@ def decoder(sd, size, compiled):
 
 
 def _decode(sd, compiled):
-    run = compiled(sd.decoder)
+    run = compiled(predicting(sd.decoder))
 
     def decode(latent):
         image = tf.cast(run(latent), tf.float32)
@@ -380,7 +385,7 @@ def _to_png(images):
 
 
 def image_encoder(sd, size, compiled):
-    run = compiled(sd.image_encoder)
+    run = compiled(predicting(sd.image_encoder))
     sides = [None if side is None else side // sd.factor * sd.factor for side in size]
 
     def serving_default(image_bytes):

@@ -10,6 +10,7 @@ from keras_sd.layers.backend_fixes import after
 from keras_sd.layers.group_norm import GroupNorm
 from keras_sd.layers.layer_norm import LayerNorm
 from keras_sd.layers.recompute import maybe_recomputed
+from keras_sd.layers.repeat import repeated
 from keras_sd.layers.token_merging import token_merging
 
 # Scores of one head that are computed at once: 2²¹ in bfloat16 are 4 MB, which the cache holds, so that they never
@@ -222,8 +223,8 @@ class TransformerBlock(keras.layers.Layer):
         x: (B, N, dim).
         context: (B, M, any width).
         merging: (height, width, ratio) of the grid that x is, to merge tokens for the self-attention; by default none.
-        contexts: how many contexts there are for every sample of x: the batch of the context, and that of the result,
-            is so many times that of x. What does not see the context is computed once.
+        repeats: whether there may be several contexts of each sample, (k B, M, any width), and so as many results; what
+            does not see the context is computed once.
     """
 
     def __init__(self, dim, num_heads, only_cross_attention=False, **kwargs):
@@ -247,12 +248,13 @@ class TransformerBlock(keras.layers.Layer):
     def compute_output_shape(self, x_shape, context_shape):
         return x_shape
 
-    def call(self, x, context, merging=None, contexts=1):
+    def call(self, x, context, merging=None, repeats=False):
         if self.only_cross_attention:
-            x = repeated(x, contexts)
+            x = repeated(x, context) if repeats else x
             x = x + self.attn1(self.norm1(x), context)
         else:
-            x = repeated(x + self._self_attention(self.norm1(x), merging), contexts)
+            x = x + self._self_attention(self.norm1(x), merging)
+            x = repeated(x, context) if repeats else x
         x = x + self.attn2(self.norm2(x), context)
         return x + self.dense(self.geglu(self.norm3(x)))
 
@@ -277,7 +279,7 @@ class SpatialTransformer(keras.layers.Layer):
     Call arguments:
         x: (B, H, W, dim).
         context: (B, M, any width).
-        contexts: see `TransformerBlock`.
+        repeats: see `TransformerBlock`.
 
     Reference: Rombach et al. (2022), arXiv 2112.10752, appendix E.2.1.
     """
@@ -307,17 +309,14 @@ class SpatialTransformer(keras.layers.Layer):
     def compute_output_shape(self, x_shape, context_shape):
         return x_shape
 
-    def call(self, x, context, contexts=1):
-        return maybe_recomputed(self, functools.partial(self._forward, contexts=contexts), x, context)
+    def call(self, x, context, repeats=False):
+        return maybe_recomputed(self, functools.partial(self._forward, repeats=repeats), x, context)
 
-    def _forward(self, x, context, contexts=1):
+    def _forward(self, x, context, repeats=False):
         height, width = ops.shape(x)[1:3]
         hidden = ops.reshape(self.proj_in(self.norm(x)), (-1, height * width, self.dim))
         merging = (height, width, self.token_merging) if self.token_merging else None
-        hidden = self.block(hidden, context, merging=merging, contexts=contexts)
-        return repeated(x, contexts) + self.proj_out(ops.reshape(hidden, (-1, height, width, self.dim)))
-
-
-def repeated(x, times):
-    """A batch so many times: (B, …) → (times · B, …)."""
-    return x if times == 1 else ops.concatenate([x] * times)
+        hidden = self.block(hidden, context, merging=merging, repeats=repeats)
+        return (repeated(x, hidden) if repeats else x) + self.proj_out(
+            ops.reshape(hidden, (-1, height, width, self.dim))
+        )

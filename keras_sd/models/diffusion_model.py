@@ -6,8 +6,8 @@ import keras
 from keras import ops
 
 from keras_sd.layers import Downsample, GroupNorm, ResnetBlock, SpatialTransformer, Upsample
-from keras_sd.layers.attention import repeated
 from keras_sd.layers.backend_fixes import silu
+from keras_sd.layers.repeat import Repeat
 from keras_sd.models.network import Network
 
 
@@ -113,9 +113,9 @@ class DiffusionModel(Network):
 
     @property
     def guided(self):
-        """A model with the same layers for guidance: two contexts, (2 B, 77, cross_attention_dim), for every latent.
-        Inputs as this model's, the latent and all else (B, …) → prediction (2 B, h, w, out_channels), the first half of
-        it for the first contexts. What comes before the first look at the text is computed once for both."""
+        """A model with the same layers for several contexts of each latent, (k B, 77, cross_attention_dim), as guidance
+        has two. Inputs as this model's, the latent and all else (B, …) → prediction (k B, h, w, out_channels), the
+        first B for the first contexts. What comes before the first look at the text is computed once."""
         inputs, time = dict(self.input), self._joints[0]
         context = inputs.pop("context")
         transformer = next(layer for layer in self.layers if isinstance(layer, SpatialTransformer))
@@ -123,8 +123,7 @@ class DiffusionModel(Network):
         after = keras.Model([transformer.output, time, *self._textless, context], self.output)
         contexts = keras.Input(context.shape[1:], None, context.dtype, name="context")
         x, *joints = before(inputs)
-        x = transformer(x, contexts, contexts=2)
-        prediction = after([x, *(repeated(joint, 2) for joint in joints), contexts])
+        prediction = after([transformer(x, contexts, repeats=True), *(Repeat()(y, contexts) for y in joints), contexts])
         return keras.Model({**inputs, "context": contexts}, prediction, name=self.name)
 
     @property
