@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_sd.layers.backend_fixes import after
+
 
 @keras.saving.register_keras_serializable(package="keras_sd")
 class Conv3x3(keras.layers.Conv2D):
@@ -32,13 +34,10 @@ class Conv3x3(keras.layers.Conv2D):
         if doubled:
             return self._doubled(x)
         _, height, width, _ = x.shape
-        if training is not False or not self.few_positions(height, width) or keras.backend.backend() != "tensorflow":
+        small = None not in (height, width) and 4 * height * width <= self.filters
+        if training is not False or not small or keras.backend.backend() != "tensorflow":
             return super().call(x)
         return self._product(x)
-
-    def few_positions(self, height, width):
-        """Whether reading the kernel takes longer than the convolution of a picture of that size."""
-        return None not in (height, width) and 4 * height * width <= self.filters
 
     def _product(self, x):
         import tensorflow as tf
@@ -61,6 +60,8 @@ class Conv3x3(keras.layers.Conv2D):
         padded = ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         rows = []
         for i, kernel in enumerate(_of_two_pixels(ops.convert_to_tensor(self.kernel), axis=0)):
+            if rows:  # whose pixels are given up before there are others
+                rows[0], padded = after(rows[0], padded)
             pixels = [
                 ops.add(ops.conv(padded[:, i : i + height + 1, j : j + width + 1], one), self.bias)
                 for j, one in enumerate(_of_two_pixels(kernel, axis=1))
