@@ -1,4 +1,4 @@
-"""The 3×3 convolution of the residual blocks and after doubling."""
+"""The 3×3 convolution of the residual blocks, of halving and after doubling."""
 
 import keras
 from keras import ops
@@ -8,8 +8,8 @@ from keras_sd.layers.backend_fixes import after
 
 @keras.saving.register_keras_serializable(package="keras_sd")
 class Conv3x3(keras.layers.Conv2D):
-    """`keras.layers.Conv2D`, 3×3 with padding, which TensorFlow computes as one product in predictions where positions
-    are few and the kernel is large.
+    """`keras.layers.Conv2D`, 3×3 and padded by default, which TensorFlow computes as one product in predictions where
+    positions are few and the kernel is large.
 
     oneDNN packs the kernel of a convolution anew in every call, into memory that the system clears for it: with 2560
     channels at 8×8 positions that took several times as long as the product. Training would keep the nine copies of
@@ -33,21 +33,22 @@ class Conv3x3(keras.layers.Conv2D):
     def call(self, x, training=None, doubled=False):
         if doubled:
             return self._doubled(x)
-        _, height, width, _ = x.shape
+        _, height, width, _ = self.compute_output_shape(x.shape)
         small = None not in (height, width) and 4 * height * width <= self.filters
         if training is not False or not small or keras.backend.backend() != "tensorflow":
             return super().call(x)
-        return self._product(x)
+        return self._product(x, height, width)
 
-    def _product(self, x):
+    def _product(self, x, height, width):
         import tensorflow as tf
 
-        _, height, width, channels = x.shape
-        padded = tf.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        columns = tf.concat([padded[:, :, j : j + width] for j in range(3)], axis=-1)
-        rows = tf.concat([columns[:, i : i + height] for i in range(3)], axis=-1)
+        if self.padding == "same":
+            x = tf.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        down, right = self.strides
+        columns = tf.concat([x[:, :, j : j + right * width : right] for j in range(3)], axis=-1)
+        rows = tf.concat([columns[:, i : i + down * height : down] for i in range(3)], axis=-1)
         kernel = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.filters))
-        y = tf.nn.bias_add(tf.matmul(tf.reshape(rows, (-1, 9 * channels)), kernel), self.bias)
+        y = tf.nn.bias_add(tf.matmul(tf.reshape(rows, (-1, 9 * x.shape[-1])), kernel), self.bias)
         return tf.reshape(y, (-1, height, width, self.filters))
 
     def _doubled(self, x):
@@ -57,21 +58,23 @@ class Conv3x3(keras.layers.Conv2D):
         Reference: Aitken et al. (2017), Checkerboard artifact free sub-pixel convolution, arXiv 1707.02937, section 3.
         """
         _, height, width, _ = ops.shape(x)
+        x, kernel = after(x, ops.convert_to_tensor(self.kernel))  # whose sums take memory
         padded = ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         rows = []
-        for i, kernel in enumerate(_of_two_pixels(ops.convert_to_tensor(self.kernel), axis=0)):
-            if rows:  # whose pixels are given up before there are others
-                rows[0], padded = after(rows[0], padded)
+        for i in range(2):
+            of_row = _of_pixel(kernel, i, axis=0)
             pixels = [
-                ops.add(ops.conv(padded[:, i : i + height + 1, j : j + width + 1], one), self.bias)
-                for j, one in enumerate(_of_two_pixels(kernel, axis=1))
+                ops.conv(padded[:, i : i + height + 1, j : j + width + 1], _of_pixel(of_row, j, axis=1))
+                for j in range(2)
             ]
+            pixels = [ops.add(one, self.bias) for one in pixels]
             rows.append(ops.reshape(ops.concatenate(pixels, axis=-1), (-1, height, 2 * width * self.filters)))
+            rows[-1], kernel = after(rows[-1], kernel)  # the first row's are given up before there are others
         return ops.reshape(ops.concatenate(rows, axis=-1), (-1, 2 * height, 2 * width, self.filters))
 
 
-def _of_two_pixels(kernel, axis):
-    """A kernel of three rows (axis 0) or columns (1) → those of two that compute the first and the second of the pixels
-    that one becomes: two of the three see the same pixel, and are summed."""
+def _of_pixel(kernel, i, axis):
+    """Of a kernel of three rows (axis 0) or columns (1), that of two which computes the first (i = 0) or the second of
+    the pixels that one becomes: two of the three see the same pixel, and are summed."""
     first, second, third = ops.split(kernel, 3, axis=axis)
-    return ops.concatenate([first, second + third], axis), ops.concatenate([first + second, third], axis)
+    return ops.concatenate([first + second, third] if i else [first, second + third], axis)

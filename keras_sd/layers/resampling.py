@@ -19,7 +19,7 @@ class Downsample(keras.layers.Layer):
     def __init__(self, filters, padding=(1, 1), **kwargs):
         super().__init__(**kwargs)
         self.pad = keras.layers.ZeroPadding2D((tuple(padding), tuple(padding)), dtype=self.dtype_policy)
-        self.conv = keras.layers.Conv2D(filters, 3, strides=2, name="conv", dtype=self.dtype_policy)
+        self.conv = Conv3x3(filters, strides=2, padding="valid", name="conv", dtype=self.dtype_policy)
 
     def build(self, input_shape):
         self.conv.build(input_shape)
@@ -58,7 +58,7 @@ class Upsample(keras.layers.Layer):
         doubled = self.compute_output_shape(x.shape)[1:3]
         fits = like is None or (None not in doubled and tuple(like.shape[1:3]) == doubled)
         # the sums of a kernel that is larger than the picture would take what they save, and memory
-        large = None in doubled or doubled[0] * doubled[1] >= 2 * self.conv.filters
+        large = None in doubled or 2 * doubled[0] * doubled[1] >= self.conv.filters
         if training is False and fits and large:
             return self.conv(x, doubled=True)
         # Rows and columns doubled by concatenation and reshape: plain copies, on every backend and in every export.
