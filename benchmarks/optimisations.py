@@ -180,9 +180,10 @@ def gelu_apart():
 
 
 def all_convolutions():
-    import keras
+    from keras_sd.layers.conv import Conv3x3
 
-    put("keras_sd.layers.conv", "Conv3x3.call", lambda self, x: keras.layers.Conv2D.call(self, x))
+    call = Conv3x3.call
+    put("keras_sd.layers.conv", "Conv3x3.call", lambda self, x, doubled=False: call(self, x, doubled=doubled))
 
 
 def all_models():
