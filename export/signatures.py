@@ -152,7 +152,7 @@ def _for_batch(name, tensor, batch_size):
 # === diffusion_model and denoiser ===
 
 
-def predicting(model):
+def _predicting(model):
     """A model as it predicts: layers then use kernels that have no gradient."""
     return functools.partial(model, training=False)
 
@@ -163,7 +163,7 @@ class _Network:
 
     def __init__(self, model, compiled):
         self.guided = model.guided
-        self.inputs, self._function = model.inputs, compiled(predicting(self.guided))
+        self.inputs, self._function = model.inputs, compiled(_predicting(self.guided))
 
     def __call__(self, inputs):
         return self._function(inputs)
@@ -371,7 +371,7 @@ def decoder(sd, size, compiled):
 
 
 def _decode(sd, compiled):
-    run = compiled(predicting(sd.decoder))
+    run = compiled(_predicting(sd.decoder))
 
     def decode(latent):
         image = tf.cast(run(latent), tf.float32)
@@ -385,7 +385,7 @@ def _to_png(images):
 
 
 def image_encoder(sd, size, compiled):
-    run = compiled(predicting(sd.image_encoder))
+    run = compiled(_predicting(sd.image_encoder))
     sides = [None if side is None else side // sd.factor * sd.factor for side in size]
 
     def serving_default(image_bytes):

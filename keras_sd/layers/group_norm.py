@@ -66,16 +66,14 @@ class GroupNorm(keras.layers.GroupNormalization):
 
         batch_size, height, width, channels = x.shape
         apply = functools.partial(tf.raw_ops.FusedBatchNormV3, epsilon=self.epsilon)
-        samples, size = tf.split(x, batch_size), channels // self.groups
+        samples = tf.split(x, batch_size)
         ones, zeros, none = (tf.constant(x, shape=(n,)) for x, n in ((1.0, channels), (0.0, channels), (0.0, 0)))
         moments = [apply(x=one, scale=ones, offset=zeros, mean=none, variance=none)[1:3] for one in samples]
-        per_channel, variance = (tf.reshape(tf.stack(one), (-1, self.groups, size)) for one in zip(*moments))
-        mean = tf.reduce_mean(per_channel, -1, keepdims=True)
+        per_channel, variance = (tf.reshape(tf.stack(one), (-1, 1, 1, channels)) for one in zip(*moments))
+        mean = self._group_mean(per_channel, channels)
         variance = variance * (1 - 1 / (height * width)) + tf.square(per_channel - mean)  # it was divided by n - 1
-        variance = tf.reduce_mean(variance, -1, keepdims=True)
-        spread = (
-            tf.unstack(tf.reshape(one * tf.constant(1.0, shape=(size,)), (-1, channels))) for one in (mean, variance)
-        )
+        variance = self._group_mean(variance, channels)
+        spread = (tf.unstack(tf.reshape(one, (-1, channels))) for one in (mean, variance))
         gamma, beta = (ops.cast(weight, "float32") for weight in (self.gamma, self.beta))
         normalized = [
             apply(x=one, scale=gamma, offset=beta, mean=m, variance=v, is_training=False)[0]
