@@ -40,6 +40,9 @@ def main():
             if "num_class_embeds" in arguments:
                 inputs["class_label"] = np.array([1, 2], "int32")
             outputs[f"{name}, {height} by {width}"] = model.predict_on_batch(inputs)
+    model = filled(DiffusionModel(**UNET)).guided
+    inputs = {"latent": normal(2, 8, 8, 4), "timestep_embedding": normal(2, 32), "context": normal(4, 77, 24)}
+    outputs["guided"] = model.predict_on_batch(inputs)
     outputs["decoder"] = filled(Decoder(**NARROW)).predict_on_batch(normal(2, 9, 7, 4))
     outputs["encoder"] = filled(ImageEncoder(**NARROW)).predict_on_batch(normal(1, 20, 18, 3))
     np.savez(sys.argv[1], **{name: np.asarray(output) for name, output in outputs.items()})

@@ -43,7 +43,7 @@ def test_nearly_the_same_picture_in_bfloat16_on(backend, written):
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
 def test_same_predictions_on(backend, written):
     expected, found = (dict(written("predict.py", one, ".npz")) for one in ("tensorflow", backend))
-    assert len(expected) == 8 and expected.keys() == found.keys()
+    assert len(expected) == 9 and expected.keys() == found.keys()
     for name, value in found.items():
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
 

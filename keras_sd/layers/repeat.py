@@ -8,8 +8,9 @@ def repeated(x, like):
     """A batch (B, …) as many times, one after the other, as makes it as large as that of `like`, (k B, …)."""
     batch_size, wanted = x.shape[0], like.shape[0]
     if None in (batch_size, wanted):
-        batch_size, wanted = ops.maximum(ops.shape(x)[0], 1), ops.shape(like)[0]
-    elif batch_size == wanted:
+        rows = ops.arange(ops.shape(like)[0])  # OpenVINO takes no `tile` of unknown size
+        return ops.take(x, rows % ops.maximum(ops.shape(x)[0], 1), axis=0)
+    if batch_size == wanted:
         return x
     return ops.tile(x, (wanted // batch_size, *[1] * (len(x.shape) - 1)))
 
