@@ -186,6 +186,10 @@ def all_convolutions():
     put("keras_sd.layers.conv", "Conv3x3.call", lambda self, x, doubled=False: call(self, x, doubled=doubled))
 
 
+def plain_products():
+    put("keras_sd.layers.dense", "MANY_POSITIONS", 2**62)
+
+
 def all_models():
     prepare()
     from keras_sd.parts import Parts
@@ -241,6 +245,7 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "softmax": ("softmax of bfloat16 scores as they are, instead of in float32", "tensorflow", step, wide_softmax),
     "gelu": ("GELU in the product before it, instead of apart in float32", "tensorflow", step, gelu_apart),
     "products": ("3×3 convolutions at few positions as products", "tensorflow", step, all_convolutions),
+    "rows": ("products of many positions as 1×1 convolutions", "tensorflow", step, plain_products),
     "reading": ("weights read by two threads, instead of one", "tensorflow", loading, one_reader),
     "norms": ("group normalization by batch normalization's kernels", "tensorflow", step, plain_norms),
     "decoder_norms": ("the same, instead of in bands that the cache holds", "tensorflow", decoding, plain_norms),

@@ -1,5 +1,7 @@
 """The four models against diffusers and transformers, with the same weights; sizes, dtypes, saving."""
 
+import functools
+
 import diffusers
 import keras
 import numpy as np
@@ -14,6 +16,7 @@ from keras_sd.layers import GroupNorm, SpatialTransformer, Upsample, dot_product
 from keras_sd.layers import attention as attention_module
 from keras_sd.layers.attention import GEGLU
 from keras_sd.layers.conv import Conv3x3
+from keras_sd.layers.dense import Dense
 from keras_sd.layers.layer_norm import LayerNorm
 
 RANDOM = np.random.default_rng(0)
@@ -178,7 +181,8 @@ def test_group_normalization_by_the_kernels_of_batch_normalization(dtype, shape)
     unknown = tf.function(lambda x: layer(x, training=False), [tf.TensorSpec((None, *shape[1:]), dtype)])(x)
     for result in (layer(x), eager, graph, unknown):
         assert result.dtype == dtype
-        np.testing.assert_allclose(numpy(result), expected, atol=2e-5 if dtype == "float32" else 0.03)
+        rtol, atol = (0, 2e-5) if dtype == "float32" else (2**-8, 0.02)  # bfloat16 numbers are 2⁻⁷ apart
+        np.testing.assert_allclose(numpy(result), expected, rtol, atol)
 
 
 def test_no_wrong_gradient_of_a_prediction():
@@ -189,6 +193,29 @@ def test_no_wrong_gradient_of_a_prediction():
         y = layer(x, training=False)
     with pytest.raises(LookupError, match="training=True"):
         tape.gradient(y, x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("positions", [77, 1024])
+def test_dense_of_a_sequence_in_predictions(dtype, positions, monkeypatch):
+    random = np.random.default_rng(0)
+    x = keras.ops.cast(random.standard_normal((2, positions, 24), "float32"), dtype)
+    for options in ({}, {"use_bias": False}, {"activation": "relu"}):
+        layer = Dense(40, dtype=dtype, **options)
+        layer.build(x.shape)
+        layer.set_weights([random.standard_normal(w.shape, "float32") for w in layer.get_weights()])
+        layer.enable_lora(2)
+        layer.set_weights([random.standard_normal(w.shape, "float32") for w in layer.get_weights()])
+        expected = numpy(layer(x, training=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(keras.layers.Dense, "call", None)
+            predict = functools.partial(layer, training=False)
+            unknown = tf.function(predict, [tf.TensorSpec((None, None, 24), dtype)])
+            results = predict(x), tf.function(predict)(x), unknown(x)
+        for result in results:
+            assert result.dtype == dtype and result.shape == (2, positions, 40)
+            rtol, atol = (1e-5, 1e-4) if dtype == "float32" else (2**-7, 0.1)
+            np.testing.assert_allclose(numpy(result), expected, rtol, atol)
 
 
 def test_gelu_in_the_product(monkeypatch):

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_sd.layers.backend_fixes import after
+from keras_sd.layers.dense import Dense, product
 from keras_sd.layers.group_norm import GroupNorm
 from keras_sd.layers.layer_norm import LayerNorm
 from keras_sd.layers.recompute import maybe_recomputed
@@ -40,16 +41,18 @@ def dot_product_attention(query, key, value, is_causal=False, softmax_dtype="flo
     attended = _fused(query, key, value, is_causal)
     if attended is not None:
         return attended
-    query = query * ops.cast(1 / math.sqrt(query.shape[-1]), query.dtype)
-    query, key, value = (ops.transpose(x, axes) for x, axes in zip((query, key, value), (BHND, BHDN, BHND)))
+    scale = ops.cast(1 / math.sqrt(query.shape[-1]), query.dtype)
+    few = None not in (query.shape[1], key.shape[1]) and key.shape[1] < query.shape[1]
+    query, key = (query, key * scale) if few else (query * scale, key)
+    query, key, value = (ops.transpose(x, BHND) for x in (query, key, value))
     if is_causal or _fits(query, key):
         attended = _attend(query, key, value, softmax_dtype, is_causal)
     else:
         attended = _attend_in_chunks(query, key, value, softmax_dtype)
-    return ops.transpose(attended, (0, 2, 1, 3))
+    return ops.transpose(attended, BHND)
 
 
-BHND, BHDN = (0, 2, 1, 3), (0, 2, 3, 1)  # from (B, N, heads, head_dim)
+BHND = 0, 2, 1, 3  # from (B, N, heads, head_dim), and back
 
 
 def _fused(query, key, value, is_causal):
@@ -67,14 +70,15 @@ def _fused(query, key, value, is_causal):
 def _fits(query, key):
     """Whether all scores are computed at once; a batch of unknown size counts as one."""
     batch, heads, queries, _ = query.shape
-    keys = key.shape[3]
+    keys = key.shape[2]
     if None in (queries, keys):
         return False
     return queries * keys <= MAX_SCORES and (batch or 1) * heads * queries * keys <= MAX_HEADS * MAX_SCORES
 
 
 def _attend(query, key, value, softmax_dtype, is_causal=False):
-    scores = ops.cast(ops.matmul(query, key), softmax_dtype)
+    transposed = ops.swapaxes(key, -1, -2)  # which TensorFlow's graph optimizer makes a part of the product
+    scores = ops.cast(ops.matmul(query, transposed), softmax_dtype)
     if is_causal:
         positions = ops.arange(scores.shape[-1])
         scores = ops.where(positions[None, :] > positions[:, None], ops.cast(-1e9, softmax_dtype), scores)
@@ -82,15 +86,15 @@ def _attend(query, key, value, softmax_dtype, is_causal=False):
 
 
 def _attend_in_chunks(query, key, value, softmax_dtype):
-    """query (B, heads, N, d), scaled; key (B, heads, d, M); value (B, heads, M, d) → (B, heads, N, d)."""
-    (heads, dim), (queries, keys) = (query.shape[1], query.shape[3]), (query.shape[2], key.shape[3])
+    """query (B, heads, N, d); key, value (B, heads, M, d); one of query and key scaled → (B, heads, N, d)."""
+    (heads, dim), (queries, keys) = (query.shape[1], query.shape[3]), (query.shape[2], key.shape[2])
     if None in (queries, keys):
-        queries, keys = ops.shape(query)[2], ops.shape(key)[3]
+        queries, keys = ops.shape(query)[2], ops.shape(key)[2]
     chunks = queries * keys // MAX_SCORES + 1
     size = -(-queries // chunks)  # of all chunks alike: the last one is filled up
     filled = ops.concatenate([query, query[:, :, : chunks * size - queries]], axis=2)
     pieces = ops.reshape(filled, (-1, size, dim))
-    key, value = ops.reshape(key, (-1, dim, keys)), ops.reshape(value, (-1, keys, dim))
+    key, value = (ops.reshape(x, (-1, keys, dim)) for x in (key, value))
 
     def attend(piece):
         query, i = piece
@@ -132,8 +136,7 @@ class Attention(keras.layers.Layer):
         self.beside = None  # function of the query → what is added to what is attended; an IP-Adapter lends it
         self.dim, self.num_heads, self.is_causal = dim, num_heads, is_causal
         self.query, self.key, self.value, self.output_projection = (
-            keras.layers.Dense(dim, use_bias=use_bias or name == names[-1], name=name, dtype=self.dtype_policy)
-            for name in names
+            Dense(dim, use_bias=use_bias or name == names[-1], name=name, dtype=self.dtype_policy) for name in names
         )
 
     def build(self, x_shape, context_shape=None):
@@ -178,7 +181,7 @@ class GEGLU(keras.layers.Layer):
 
     def __init__(self, dim, **kwargs):
         super().__init__(**kwargs)
-        self.proj = keras.layers.Dense(2 * dim, name="proj", dtype=self.dtype_policy)
+        self.proj = Dense(2 * dim, name="proj", dtype=self.dtype_policy)
 
     def build(self, input_shape):
         self.proj.build(input_shape)
@@ -197,7 +200,7 @@ class GEGLU(keras.layers.Layer):
     def _fuses(self):
         """Whether TensorFlow's graph optimizer makes one operation of product, bias and GELU: of a plain kernel, and
         where no gradient asks for what lies between them."""
-        plain = type(self.proj) is keras.layers.Dense and not self.proj.lora_enabled
+        plain = type(self.proj) is Dense and not self.proj.lora_enabled
         return keras.backend.backend() == "tensorflow" and plain and self.variable_dtype == "bfloat16"
 
     def _fused(self, x):
@@ -208,9 +211,9 @@ class GEGLU(keras.layers.Layer):
         rows = tf.reshape(x, (-1, x.shape[-1]))
         for_value, for_gate = zip(*(tf.split(w, 2, axis=-1) for w in (kernel, tf.convert_to_tensor(self.proj.bias))))
         gate = tf.nn.bias_add(tf.matmul(rows, for_gate[0]), for_gate[1])
-        gate, rows = after(gate * (0.5 * (tf.math.erf(gate * math.sqrt(0.5)) + 1)), rows)  # each product takes memory
-        value = tf.nn.bias_add(tf.matmul(rows, for_value[0]), for_value[1])
-        return ops.reshape(value * gate, (-1, *Attention._length(x), self.proj.units // 2))
+        gate, x = after(gate * (0.5 * (tf.math.erf(gate * math.sqrt(0.5)) + 1)), x)  # each product takes memory
+        value = product(x, *for_value)
+        return value * tf.reshape(gate, tf.shape(value))
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
@@ -236,7 +239,7 @@ class TransformerBlock(keras.layers.Layer):
         self.attn1 = Attention(dim, num_heads, name="attn1", dtype=self.dtype_policy)
         self.attn2 = Attention(dim, num_heads, name="attn2", dtype=self.dtype_policy)
         self.geglu = GEGLU(4 * dim, name="ff.net.0", dtype=self.dtype_policy)
-        self.dense = keras.layers.Dense(dim, name="ff.net.2", dtype=self.dtype_policy)
+        self.dense = Dense(dim, name="ff.net.2", dtype=self.dtype_policy)
 
     def build(self, x_shape, context_shape):
         for layer in (self.norm1, self.norm2, self.norm3, self.geglu):
@@ -295,7 +298,7 @@ class SpatialTransformer(keras.layers.Layer):
             dim, num_heads, only_cross_attention, name="transformer_blocks.0", dtype=self.dtype_policy
         )
         self.proj_in, self.proj_out = (
-            keras.layers.Dense(dim, name=name, dtype=self.dtype_policy)
+            Dense(dim, name=name, dtype=self.dtype_policy)
             if use_linear_projection
             else keras.layers.Conv2D(dim, 1, name=name, dtype=self.dtype_policy)
             for name in ("proj_in", "proj_out")

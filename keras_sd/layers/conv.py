@@ -1,6 +1,7 @@
 """The 3×3 convolution of the residual blocks, of halving and after doubling."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_sd.layers.backend_fixes import after
@@ -44,9 +45,10 @@ class Conv3x3(keras.layers.Conv2D):
 
         if self.padding == "same":
             x = tf.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        down, right = self.strides
-        columns = tf.concat([x[:, :, j : j + right * width : right] for j in range(3)], axis=-1)
-        rows = tf.concat([columns[:, i : i + down * height : down] for i in range(3)], axis=-1)
+        pixels = tf.reshape(x, (-1, x.shape[1] * x.shape[2], x.shape[3]))
+        (down, right), index = self.strides, np.arange(pixels.shape[1], dtype="int32").reshape(x.shape[1:3])
+        seen = [index[i::down, j::right][:height, :width] for i in range(3) for j in range(3)]
+        rows = tf.gather(pixels, np.stack(seen, axis=-1).ravel(), axis=1)
         kernel = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.filters))
         y = tf.nn.bias_add(tf.matmul(tf.reshape(rows, (-1, 9 * x.shape[-1])), kernel), self.bias)
         return tf.reshape(y, (-1, height, width, self.filters))

@@ -69,15 +69,16 @@ class GroupNorm(keras.layers.GroupNormalization):
         samples = tf.split(x, batch_size)
         ones, zeros, none = (tf.constant(x, shape=(n,)) for x, n in ((1.0, channels), (0.0, channels), (0.0, 0)))
         moments = [apply(x=one, scale=ones, offset=zeros, mean=none, variance=none)[1:3] for one in samples]
-        per_channel, variance = (tf.reshape(tf.stack(one), (-1, 1, 1, channels)) for one in zip(*moments))
-        mean = self._group_mean(per_channel, channels)
-        variance = variance * (1 - 1 / (height * width)) + tf.square(per_channel - mean)  # it was divided by n - 1
-        variance = self._group_mean(variance, channels)
-        spread = (tf.unstack(tf.reshape(one, (-1, channels))) for one in (mean, variance))
+        grouped = 2, batch_size, self.groups, channels // self.groups
+        per_channel, variance = tf.unstack(tf.reshape(tf.stack([*zip(*moments)]), grouped))
+        mean = tf.reduce_mean(per_channel, -1, keepdims=True)
+        variance = variance * (1 - 1 / (height * width))  # it was divided by n - 1
+        variance = tf.reduce_mean(variance + tf.math.squared_difference(per_channel, mean), -1, keepdims=True)
+        spread = tf.unstack(tf.reshape(tf.broadcast_to(tf.stack([mean, variance]), grouped), (-1, channels)))
         gamma, beta = (ops.cast(weight, "float32") for weight in (self.gamma, self.beta))
         normalized = [
             apply(x=one, scale=gamma, offset=beta, mean=m, variance=v, is_training=False)[0]
-            for one, m, v in zip(samples, *spread)
+            for one, m, v in zip(samples, spread[:batch_size], spread[batch_size:])
         ]
         # TensorFlow's gradient of it would take the statistics for constants
         return tf.raw_ops.PreventGradient(input=tf.concat(normalized, 0), message=NO_GRADIENT)

@@ -1,6 +1,9 @@
 """Layer normalization over the last axis."""
 
+import math
+
 import keras
+from keras import ops
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
@@ -32,16 +35,16 @@ class LayerNorm(keras.layers.LayerNormalization):
         every vector is a channel of a batch normalization, whose scale and offset are filled in as the graph runs."""
         import tensorflow as tf
 
-        shape, channels, none = tf.shape(x), x.shape[-1], tf.constant((), "float32")
-        vectors = tf.raw_ops.PlaceholderWithDefault(input=tf.size(x) // channels, shape=())  # or it would fold them
+        shape, none = ops.shape(x), tf.constant((), "float32")
+        vectors = tf.raw_ops.PlaceholderWithDefault(input=[math.prod(shape[:-1])], shape=(1,))  # or it would fold them
         normalized = tf.raw_ops.FusedBatchNormV3(
-            x=tf.reshape(x, (1, -1, channels, 1)),
-            scale=tf.fill([vectors], 1.0),
-            offset=tf.fill([vectors], 0.0),
+            x=tf.reshape(x, (1, -1, x.shape[-1], 1)),
+            scale=tf.fill(vectors, 1.0),
+            offset=tf.fill(vectors, 0.0),
             mean=none,
             variance=none,
             epsilon=self.epsilon,
             data_format="NCHW",
         )[0]
         gamma, beta = (tf.convert_to_tensor(weight) for weight in (self.gamma, self.beta))
-        return tf.ensure_shape(tf.reshape(normalized, shape) * gamma + beta, x.shape)
+        return tf.reshape(normalized, shape) * gamma + beta
