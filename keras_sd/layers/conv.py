@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd.layers.backend_fixes import after
+from keras_sd.layers.dense import product
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
@@ -49,9 +50,9 @@ class Conv3x3(keras.layers.Conv2D):
         (down, right), index = self.strides, np.arange(pixels.shape[1], dtype="int32").reshape(x.shape[1:3])
         seen = [index[i::down, j::right][:height, :width] for i in range(3) for j in range(3)]
         rows = tf.gather(pixels, np.stack(seen, axis=-1).ravel(), axis=1)
-        kernel = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.filters))
-        y = tf.nn.bias_add(tf.matmul(tf.reshape(rows, (-1, 9 * x.shape[-1])), kernel), self.bias)
-        return tf.reshape(y, (-1, height, width, self.filters))
+        kernel = tf.reshape(tf.convert_to_tensor(self.kernel), (9 * x.shape[-1], self.filters))
+        rows = tf.reshape(rows, (-1, height * width, kernel.shape[0]))
+        return tf.reshape(product(rows, kernel, self.bias), (-1, height, width, self.filters))
 
     def _doubled(self, x):
         """The four pixels that one becomes see 2×2 pixels of x each, by sums of the kernel's rows and columns: 4/9 of
