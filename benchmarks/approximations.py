@@ -1,27 +1,28 @@
 """What the options cost that are fast but not exact: `python -m benchmarks.approximations`
 
-For each option, on the same seeds: PSNR to the pictures drawn without it, how many show the emoji that was asked for
-(see `benchmarks.emoji_score`), and the time of a step without it over that with it, run in turn, the median of pairs.
-Fewer steps stand below for comparison: the cheapest speed there is. Writes `runs/bench/approximations.json`.
-
-    python -m benchmarks.approximations --preset runs/full_size --no-score --dtype bfloat16 --rounds 3
+For each option, on the same seeds: PSNR to the pictures that the embedded model draws without it, how many show the
+emoji that was asked for (see `benchmarks.emoji_score`), and the time of a run with it over that of one without it, in
+turn in one process: of the embedded model, and of SD v1 at full size with random weights in bfloat16. Fewer steps stand
+below for comparison: the cheapest speed there is. Keeps `runs/bench/approximations.json`.
 """
 
 import argparse
 import json
-import os
-import pathlib
-import statistics
 import time
 
 import numpy as np
 
+from benchmarks.full_size import FOLDER, write_apart
+from benchmarks.paired import load, save, spread
 from keras_sd import Denoiser, StableDiffusion, make_table
 from keras_sd.noise import initial_noise
 
-OUT = pathlib.Path(__file__).parents[1] / "runs" / "bench" / "approximations.json"
+CASES = {  # name: preset, dtype, steps of a run, pairs of runs
+    "emoji": ("emoji", None, 25, 5),
+    "512": (FOLDER, "bfloat16", 10, 2),
+}
+COUNT = 20  # pictures of each option
 ROWS = [  # name, options of the step, options of the table
-    ("exact", {}, {}),
     ("cache_interval=2", {"cache_interval": 2}, {}),
     ("cache_interval=3", {"cache_interval": 3}, {}),
     ("cache_interval=5", {"cache_interval": 5}, {}),
@@ -39,21 +40,22 @@ def psnr(picture, exact):
     return 10 * np.log10(255**2 / max(np.mean((picture.astype("float64") - exact) ** 2), 1e-9))
 
 
-def pictures(sd, pairs, args):
-    """For each row: (part of the emoji that came out right, the pictures)."""
-    from benchmarks.emoji_score import score
+def draw(sd, steps, step, table):
+    """(part of the emoji that came out right, the pictures)."""
+    from benchmarks.emoji_score import pairs_of, score
     from keras_sd.presets import locate
 
-    captions = json.loads((locate(args.preset) / "captions.json").read_text())
-    for name, step, table in ROWS:
-        sd.cache_interval, sd.token_merging = step.get("cache_interval", 1), step.get("token_merging", 0.0)
-        options = {**table, "num_steps": round(args.steps * table.get("num_steps", 1))}
-        (right, _), drawn = score(sd, captions, pairs(captions), **options)
-        yield right, drawn
+    captions = json.loads((locate("emoji") / "captions.json").read_text())
+    sd.cache_interval, sd.token_merging = step.get("cache_interval", 1), step.get("token_merging", 0.0)
+    options = {**table, "num_steps": round(steps * table.get("num_steps", 1))}
+    (right, _), drawn = score(sd, captions, pairs_of(captions, True, COUNT), **options)
+    return right, drawn
 
 
-def runner(sd, context, latent, step, options, args):
+def runner(sd, step, options):
     """A function number of steps → seconds of that run of the denoising loop."""
+    context = [sd.encode_text(prompt) for prompt in ("an apple", "")]
+    latent = initial_noise(0, 1, sd.latent_shape())
     scheduler, sampler, own = sd.scheduler
     denoiser = Denoiser(sd.diffusion_model, **step)
     options = {**own, "guidance_scale": 7.5, **options}
@@ -68,57 +70,55 @@ def runner(sd, context, latent, step, options, args):
     return run
 
 
-def speeds(sd, args):
-    """For each row the ratios of the exact run's seconds to those of the row's, in turn."""
-    context = [np.repeat(sd.encode_text(prompt), args.batch_size, axis=0) for prompt in ("an apple", "")]
-    latent = initial_noise(0, args.batch_size, sd.latent_shape())
-    exact = runner(sd, context, latent, {}, {}, args)
+def cost(exact, pictures):
+    """How near pictures are to the exact ones (dB), and the part of them that shows what was asked."""
+    right, drawn = pictures
+    return {"psnr": [float(psnr(*pair)) for pair in zip(drawn, exact)], "emoji_right": right}
+
+
+def measure(case, fresh):
+    """Measures what is not in `runs/bench/` yet, and keeps it there option by option."""
+    preset, dtype, steps, rounds = CASES[case]
+    results = load("approximations")
+    known = results["cases"][case] = {} if fresh else results["cases"].get(case, {})
+    if {name for name, *_ in ROWS} <= set(known):
+        return
+    sd = StableDiffusion.from_preset(preset, dtype=dtype)
+    drawn = draw(sd, steps, {}, {})[1] if case == "emoji" else None
+    exact = runner(sd, {}, {})
     exact(2)
-    for _, *options in ROWS:
-        run = runner(sd, context, latent, *options, args)
-        run(6)  # every kind of row is compiled
-        yield [exact(args.steps) / run(args.steps) for _ in range(args.rounds)]
+    for name, step, table in ROWS:
+        if name not in known:
+            known[name] = {} if drawn is None else cost(drawn, draw(sd, steps, step, table))
+            run = runner(sd, step, table)
+            run(6)  # every kind of row is compiled
+            known[name]["time"] = [run(steps) / exact(steps) for _ in range(rounds)]
+            save("approximations", results)
+
+
+def table(cases):
+    """Markdown, a row for each option; what was not measured is a dash."""
+    lines = ["| option | PSNR, dB: mean (worst) | emoji right | time, embedded model | time, 512×512 |"]
+    lines.append("| --- |" + " ---: |" * 4)
+    for name, *_ in ROWS:
+        known = cases.get("emoji", {}).get(name, {})
+        near = f"{np.mean(known['psnr']):.1f} ({min(known['psnr']):.1f})" if known else "–"
+        right = f"{known['emoji_right']:.0%}" if known else "–"
+        times = (spread(cases.get(case, {}).get(name, {}).get("time")) for case in CASES)
+        lines.append(f"| {f'`{name}`' if '=' in name else name} | {near} | {right} | {' | '.join(times)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--preset", default="emoji", help="preset or folder (default emoji)")
-    parser.add_argument("--no-score", action="store_true", help="time alone, for presets that draw no emoji")
-    parser.add_argument("--count", type=int, default=20, help="pictures of each option (default 20)")
-    parser.add_argument("--steps", type=int, default=25, help="steps (default 25)")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs of each option (default 5)")
-    parser.add_argument("--batch-size", type=int, default=1, help="pictures in a run that is timed (default 1)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the models")
-    parser.add_argument("--sheet", help="PNG: the first pictures of each option, a row for each")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=[*CASES], help="default: all")
+    parser.add_argument("--fresh", action="store_true", help="forget what earlier calls measured")
     args = parser.parse_args()
-    sd = StableDiffusion.from_preset(args.preset, dtype=args.dtype)
-    results = [{"option": name} for name, *_ in ROWS]
-    if not args.no_score:
-        from benchmarks.emoji_score import pairs_of
-
-        drawn = []
-        for result, (right, images) in zip(results, pictures(sd, lambda x: pairs_of(x, True, args.count), args)):
-            drawn.append(images)
-            result["psnr"] = [float(psnr(*pair)) for pair in zip(images, drawn[0])]
-            result["emoji_right"] = right
-        if args.sheet:
-            from keras_sd.png import write_png
-
-            write_png(args.sheet, np.concatenate([np.concatenate(images[:12], axis=1) for images in drawn]), "")
-    print("| option | PSNR, dB: mean (worst) | emoji right | speed (spread) |\n|---|---|---|---|")
-    for result, ratios in zip(results, speeds(sd, args)):
-        result["speed"] = ratios
-        distance = result.get("psnr", [])
-        cells = [
-            f"`{result['option']}`" if "=" in result["option"] else result["option"],
-            f"{np.mean(distance):.1f} ({min(distance):.1f})" if distance and result is not results[0] else "",
-            f"{result['emoji_right']:.0%}" if distance else "",
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})",
-        ]
-        print(f"| {' | '.join(cells)} |", flush=True)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    OUT.write_text(json.dumps({"backend": backend, **vars(args), "results": results}, indent=1))
+    if "512" in args.case:
+        write_apart()
+    for case in args.case:
+        measure(case, args.fresh)
+    print(table(load("approximations")["cases"]))
 
 
 if __name__ == "__main__":

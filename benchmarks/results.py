@@ -6,7 +6,7 @@ A section whose benchmark has not run is left out. `benchmarks/NOTES.md` is writ
 import pathlib
 import statistics
 
-from benchmarks import inference, memory, optimisations, quality, startup
+from benchmarks import approximations, inference, int8, memory, optimisations, quality, startup
 from benchmarks.paired import PACKAGES, best, load, ratios, spread
 
 HERE = pathlib.Path(__file__).parent
@@ -22,7 +22,7 @@ memory that are no ratios are in GB (10⁹ bytes).
 def report():
     """The whole page, Markdown."""
     sections = [INTRODUCTION, where(), in_short(), *map(pictures, inference.CASES), first_picture(), peaks()]
-    return "\n".join(filter(None, [*sections, gains(), steps(), (HERE / "NOTES.md").read_text()]))
+    return "\n".join(filter(None, [*sections, gains(), small(), inexact(), steps(), (HERE / "NOTES.md").read_text()]))
 
 
 def rows_of(name, case):
@@ -129,6 +129,27 @@ def gains():
             rows.append([f"{what} ({backend})", timed.__name__, *values])
     head = ["with / without", "of", "time", "peak memory"]
     return "## What each optimisation gains\n\n" + markdown(head, rows) if rows else None
+
+
+def small():
+    """int8 weights."""
+    results = load("int8")
+    words = """## int8 weights
+
+Quality on the embedded model, all else at SD v1's full size.
+"""
+    return f"{words}\n{int8.table(results)}" if "unet_bytes" in results else None
+
+
+def inexact():
+    """Options that are fast but not exact."""
+    cases = load("approximations")["cases"]
+    words = f"""## Faster, less exact
+
+Time of a run with an option / without it, and how near {approximations.COUNT} pictures of the embedded model are to the
+exact ones of the same seeds. Fewer steps, all exact, for comparison.
+"""
+    return f"{words}\n{approximations.table(cases)}" if cases else None
 
 
 def steps():

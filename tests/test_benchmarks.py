@@ -77,6 +77,14 @@ def test_the_report_shows_what_was_measured(folder, monkeypatch):
     paired.save("optimisations", {"cases": {"pieces": [{"with": one(1), "without": one(2)}]}})
     point = {"5": {"evaluations": 5, "score": 0.95, "distance": 3.25}, "8": {"evaluations": 8, "score": 1.0}}
     paired.save("quality", {"count": 20, "samplers": {"ddim": point}})
+    paired.save(
+        "approximations",
+        {"cases": {"emoji": {"cache_interval=2": {"psnr": [40, 30], "emoji_right": 1, "time": [0.7]}}}},
+    )
+    near = {"emoji_right": {"bfloat16": 1, "int8": 0.95}, "psnr_to_bfloat16": {"int8": [40, 50, 45], "float32": [51]}}
+    sizes = {"bfloat16": 1.72e9, "int8": 0.87e9}
+    pair = {"int8": one(1.0), "bfloat16": one(1.25)}
+    paired.save("int8", {"cases": {"512": [pair]}, "quality": near, "unet_bytes": sizes})
     page = results.report()
     assert (
         "| a step at 512×512, best against best | openvino bfloat16 / diffusers bfloat16 | 0.50 (0.50 … 0.50) |" in page
@@ -85,6 +93,11 @@ def test_the_report_shows_what_was_measured(folder, monkeypatch):
     assert "diffusers bfloat16 compiled did not run: no g++" in page
     assert "| step | 0.50 (0.50 … 0.50) | 0.50 (0.50 … 0.50) |" in page
     assert "| `ddim` | 3.2, 95% | 100% | – | – | – | – |" in page
+    assert "| `cache_interval=2` | 35.0 (30.0) | 100% | 0.70 (0.70 … 0.70) | – |" in page
+    assert "| half the steps | – | – | – | – |" in page
+    assert "| U-Net's file, GB | 1.72 | 0.87 |" in page and "| emoji right | 100% | 95% |" in page
+    assert "| a step at 512×512, ratio | 1 | 0.80 (0.80 … 0.80) |" in page
+    assert "median PSNR to the bfloat16 picture, dB |  | 45.0 |" in page
     assert "KerasCV" not in page.split("## What limits it")[0] and "768" not in page
     results.plot(folder / "speed.png")
     quality.plot({"ddim": point}, folder / "quality.png")
