@@ -31,7 +31,8 @@ test: .venv/tests-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Resumed where it was stopped: what is in runs/bench is not measured again. Hours on two cores; keep the machine quiet.
-BENCHMARKS = startup memory inference optimisations int8 approximations quality
+# Those that need Debian's fonts-noto-color-emoji come first, and say so.
+BENCHMARKS = int8 approximations quality startup memory inference optimisations
 
 bench: .venv/tests-installed  ## benchmarks/RESULTS.md, docs/speed.png, docs/quality.png
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done

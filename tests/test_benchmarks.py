@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import inference, optimisations, paired, quality, results, startup
+from keras_sd.training import emoji_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +103,10 @@ def test_the_report_shows_what_was_measured(folder, monkeypatch):
     results.plot(folder / "speed.png")
     quality.plot({"ddim": point}, folder / "quality.png")
     assert all((folder / name).stat().st_size > 5000 for name in ("speed.png", "quality.png"))
+
+
+def test_a_missing_font_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(emoji_pictures, "FONT", str(tmp_path / "none.ttf"))
+    emoji_pictures.glyph.cache_clear()
+    with pytest.raises(FileNotFoundError, match="No font at .*none.ttf; .* fonts-noto-color-emoji"):
+        emoji_pictures.render("🚀", (0, 0, 0))

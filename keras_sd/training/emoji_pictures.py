@@ -31,8 +31,15 @@ PLACES = {"": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom"
 
 @functools.cache
 def glyph(character):
-    """The character's glyph as a square RGBA picture, cropped to its ink; None where the font has none."""
-    font = ImageFont.truetype(FONT, FONT_SIZE)
+    """The character's glyph as a square RGBA picture, cropped to its ink; None where the font has none.
+
+    Raises:
+        FileNotFoundError: the font is not installed.
+    """
+    try:
+        font = ImageFont.truetype(FONT, FONT_SIZE)
+    except OSError as error:
+        raise FileNotFoundError(f"No font at {FONT}; Debian has it: apt-get install fonts-noto-color-emoji") from error
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((10, 10), character, font=font, embedded_color=True)
     box = canvas.getbbox()
