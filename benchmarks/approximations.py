@@ -13,7 +13,8 @@ import time
 import numpy as np
 
 from benchmarks.full_size import FOLDER, write_apart
-from benchmarks.paired import load, save, spread
+from benchmarks.int8 import psnr
+from benchmarks.paired import load, markdown, save, spread
 from keras_sd import Denoiser, StableDiffusion, make_table
 from keras_sd.noise import initial_noise
 
@@ -33,11 +34,6 @@ ROWS = [  # name, options of the step, options of the table
     ("half the steps", {}, {"num_steps": 1 / 2}),
     ("a third of the steps", {}, {"num_steps": 1 / 3}),
 ]
-
-
-def psnr(picture, exact):
-    """Peak signal-to-noise ratio of a uint8 picture in dB."""
-    return 10 * np.log10(255**2 / max(np.mean((picture.astype("float64") - exact) ** 2), 1e-9))
 
 
 def draw(sd, steps, step, table):
@@ -73,7 +69,7 @@ def runner(sd, step, options):
 def cost(exact, pictures):
     """How near pictures are to the exact ones (dB), and the part of them that shows what was asked."""
     right, drawn = pictures
-    return {"psnr": [float(psnr(*pair)) for pair in zip(drawn, exact)], "emoji_right": right}
+    return {"psnr": [psnr(*pair) for pair in zip(drawn, exact)], "emoji_right": right}
 
 
 def measure(case, fresh):
@@ -98,15 +94,15 @@ def measure(case, fresh):
 
 def table(cases):
     """Markdown, a row for each option; what was not measured is a dash."""
-    lines = ["| option | PSNR, dB: mean (worst) | emoji right | time, embedded model | time, 512×512 |"]
-    lines.append("| --- |" + " ---: |" * 4)
+    rows = []
     for name, *_ in ROWS:
         known = cases.get("emoji", {}).get(name, {})
         near = f"{np.mean(known['psnr']):.1f} ({min(known['psnr']):.1f})" if known else "–"
         right = f"{known['emoji_right']:.0%}" if known else "–"
         times = (spread(cases.get(case, {}).get(name, {}).get("time")) for case in CASES)
-        lines.append(f"| {f'`{name}`' if '=' in name else name} | {near} | {right} | {' | '.join(times)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"`{name}`" if "=" in name else name, near, right, *times])
+    head = ["option", "PSNR, dB: mean (worst)", "emoji right", "time, embedded model", "time, 512×512"]
+    return markdown(head, rows)
 
 
 def main():

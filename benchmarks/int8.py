@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.emoji_score import pairs_of, score
 from benchmarks.full_size import FOLDER, write_apart
-from benchmarks.paired import in_turn, load, measure, process, ratios, save, spread, timed
+from benchmarks.paired import in_turn, load, markdown, measure, process, ratios, save, spread, timed
 from keras_sd import StableDiffusion
 from keras_sd.presets import locate
 
@@ -69,9 +69,7 @@ def table(results):
     rows.append(("emoji right", f"{right['bfloat16']:.0%}", f"{right['int8']:.0%}"))
     rows.append(("median PSNR to the bfloat16 picture, dB", "", f"{statistics.median(near['int8']):.1f}"))
     rows.append(("the same, of float32's", "", f"{statistics.median(near['float32']):.1f}"))
-    return "\n".join(
-        ["| | bfloat16 | int8 |", "|---|---:|---:|", *("| {} | {} | {} |".format(*row) for row in rows), ""]
-    )
+    return markdown(["", "bfloat16", "int8"], rows)
 
 
 def main():

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.full_size import FOLDER, write_apart
 from benchmarks.inference import open_diffusers
-from benchmarks.paired import in_turn, peak_memory, process, ratios, spread
+from benchmarks.paired import in_turn, markdown, peak_memory, process, ratios, spread
 
 
 def command(backend, *options):
@@ -127,12 +127,12 @@ def table(rounds, group):
     """Markdown: the peak of every case in GB, the median of its rounds, and of pictures the ratios to diffusers'."""
     peers = PEERS if group == "pictures" else ()
     head = [group, "peak GB", *(f"/ {PICTURES[peer][0]}" for peer in peers)]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    rows = []
     for name, (description, _) in GROUPS[group].items():
         peaks = [one[name]["peak_memory"] / 1e9 for one in rounds if "peak_memory" in one.get(name, {})]
         shares = (spread(ratios(rounds, name, peer, "peak_memory")) for peer in peers)
         rows.append([description, f"{np.median(peaks):.2f}" if peaks else "–", *shares])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return markdown(head, rows)
 
 
 if __name__ == "__main__":

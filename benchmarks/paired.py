@@ -126,7 +126,7 @@ def save(name, results):
     temporary.replace(FOLDER / f"{name}.json")
 
 
-# === Ratios ===
+# === Ratios, and tables of them ===
 
 
 def ratios(rounds, ours, theirs, value):
@@ -141,6 +141,12 @@ def spread(values, digits=2):
         return "–"
     middle, least, most = (f"{x:.{digits}f}" for x in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({least} … {most})"
+
+
+def markdown(head, rows):
+    """A table; its first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def best(rounds, runners, value):

@@ -14,7 +14,7 @@ import pathlib
 
 import numpy as np
 
-from benchmarks.paired import load, save
+from benchmarks.paired import load, markdown, save
 
 STEPS, REFERENCE = (5, 8, 12, 16, 25, 50), 200
 PLOT = pathlib.Path(__file__).parents[1] / "docs" / "quality.png"
@@ -57,11 +57,9 @@ def distance(images, others):
 
 def table(samplers):
     """Markdown: distance and score of every sampler at every number of steps."""
-    lines = [f"| sampler | {' | '.join(f'{steps} steps' for steps in STEPS)} |", "|---|" + "---:|" * len(STEPS)]
-    for name, known in samplers.items():
-        cells = [cell(known.get(str(steps))) for steps in STEPS]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    head = ["sampler", *(f"{steps} steps" for steps in STEPS)]
+    rows = ([f"`{name}`", *(cell(known.get(str(steps))) for steps in STEPS)] for name, known in samplers.items())
+    return markdown(head, rows)
 
 
 def cell(one):

@@ -7,7 +7,7 @@ import pathlib
 import statistics
 
 from benchmarks import approximations, inference, int8, memory, optimisations, quality, startup
-from benchmarks.paired import PACKAGES, best, load, ratios, spread
+from benchmarks.paired import PACKAGES, best, load, markdown, ratios, spread
 
 HERE = pathlib.Path(__file__).parent
 PLOT = HERE.parent / "docs" / "speed.png"
@@ -27,12 +27,6 @@ def report():
 
 def rows_of(name, case):
     return load(name)["cases"].get(case, [])
-
-
-def markdown(head, rows):
-    """A table; its first column is text."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def named(runner):
@@ -165,7 +159,7 @@ the network twice a step.
 
 ![Distance and score against evaluations](../docs/quality.png)
 """
-    return f"{words}\n{quality.table(results['samplers'])}\n"
+    return f"{words}\n{quality.table(results['samplers'])}"
 
 
 # === Plot ===
