@@ -20,6 +20,8 @@ from benchmarks.emoji_score import pairs_of, score
 from benchmarks.full_size import FOLDER, write_apart
 from benchmarks.paired import in_turn, load, markdown, measure, process, ratios, save, spread, timed
 from keras_sd import StableDiffusion
+from keras_sd.layers import ResnetBlock
+from keras_sd.layers.winograd import transform
 from keras_sd.presets import locate
 
 FOLDERS = {"int8": FOLDER.with_name("full_size_int8"), "bfloat16": FOLDER}
@@ -37,11 +39,17 @@ def quality(count=20):
             "bfloat16": StableDiffusion.from_preset("emoji", dtype="bfloat16"),
             "int8": StableDiffusion.from_preset(folder, dtype="bfloat16"),
             "float32": StableDiffusion.from_preset("emoji", dtype="float32"),
+            "winograd": StableDiffusion.from_preset("emoji", dtype="bfloat16"),
         }
+        for block in models["winograd"].diffusion_model._flatten_layers():
+            if isinstance(block, ResnetBlock):  # of both its levels: none is between
+                transform(block.conv1), transform(block.conv2)
         scores, images = {}, {}
         for name, sd in models.items():
             (scores[name], _), images[name] = score(sd, captions, pairs)
-    ratios = {name: [psnr(*both) for both in zip(images[name], images["bfloat16"])] for name in ("int8", "float32")}
+    ratios = {
+        name: [psnr(*both) for both in zip(images[name], images["bfloat16"])] for name in models if name != "bfloat16"
+    }
     return {"prompts": count, "emoji_right": scores, "psnr_to_bfloat16": ratios}
 
 
@@ -69,6 +77,7 @@ def table(results):
     rows.append(("emoji right", f"{right['bfloat16']:.0%}", f"{right['int8']:.0%}"))
     rows.append(("median PSNR to the bfloat16 picture, dB", "", f"{statistics.median(near['int8']):.1f}"))
     rows.append(("the same, of float32's", "", f"{statistics.median(near['float32']):.1f}"))
+    rows.append(("the same, of bfloat16's with `winograd`", "", f"{statistics.median(near['winograd']):.1f}"))
     return markdown(["", "bfloat16", "int8"], rows)
 
 

@@ -39,6 +39,14 @@ def step(preset, steps):
     return seconds[1:]  # the second step's may wait for what the first one left
 
 
+def step_winograd(preset, steps):
+    """The same with `winograd=True`."""
+    from keras_sd.parts import Parts
+
+    Parts.__init__.__kwdefaults__["winograd"] = True
+    return step(preset, steps)
+
+
 def loading(preset, steps):
     """Seconds from files to the U-Net in memory."""
     import keras
@@ -186,6 +194,10 @@ def all_convolutions():
     put("keras_sd.layers.conv", "Conv3x3.call", lambda self, x, doubled=False: call(self, x, doubled=doubled))
 
 
+def plain_kernels():
+    put("keras_sd.models.diffusion_model", "DiffusionModel.use_winograd", lambda self: None)
+
+
 def plain_products():
     put("keras_sd.layers.dense", "MANY_POSITIONS", 2**62)
 
@@ -246,6 +258,7 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "gelu": ("GELU in the product before it, instead of apart in float32", "tensorflow", step, gelu_apart),
     "products": ("3×3 convolutions at few positions as products", "tensorflow", step, all_convolutions),
     "rows": ("products of many positions as 1×1 convolutions", "tensorflow", step, plain_products),
+    "winograd": ("`winograd=True`", "tensorflow", step_winograd, plain_kernels),
     "reading": ("weights read by two threads, instead of one", "tensorflow", loading, one_reader),
     "norms": ("group normalization by batch normalization's kernels", "tensorflow", step, plain_norms),
     "decoder_norms": ("the same, instead of in bands that the cache holds", "tensorflow", decoding, plain_norms),

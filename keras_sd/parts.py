@@ -10,6 +10,8 @@ import keras
 
 from keras_sd.arguments import check_integer, check_number, check_ratio
 from keras_sd.denoiser import Denoiser
+from keras_sd.layers.kernel_forms import refuse_forms
+from keras_sd.layers.winograd import WinogradKernel
 from keras_sd.lora import Adapters, add_lora, lora_factors, lora_layers, remove_lora, target_layers
 from keras_sd.memory import trim
 from keras_sd.presets import locate
@@ -40,6 +42,7 @@ class Parts:
         safety_checker=None,
         cache_interval=1,
         token_merging=0.0,
+        winograd=False,
     ):
         self.preset, self.dtype, self.jit_compile = preset, dtype, jit_compile
         self.two_pass_guidance = two_pass_guidance
@@ -50,6 +53,12 @@ class Parts:
         self.keeps_models = not low_memory  # whether one stays when the next is read
         self.cache_interval = check_integer("cache_interval", cache_interval, 1)
         self.token_merging = check_ratio("token_merging", token_merging)
+        if winograd and (low_memory or keras.backend.backend() != "tensorflow"):
+            raise ValueError(
+                f"winograd=True is for the TensorFlow backend without low_memory, as it trades memory for speed; got "
+                f"{keras.backend.backend()}, low_memory={low_memory}."
+            )
+        self.winograd = winograd
         self._replaceable = {}  # name → model that was read from files and can be again
         self._reading = {}  # name → future of a model that `read_ahead` reads
         self._tokenizer_source, self._vae_source, self._safety_checker_source = tokenizer, vae, safety_checker
@@ -191,6 +200,8 @@ class Parts:
             # XLA cannot read a file
             with streamed() if name == in_file and not self.jit_compile else nullcontext():
                 model = (read or getattr(self.checkpoint, name))(self.dtype)
+        if name == "diffusion_model" and self.winograd:
+            model.use_winograd()
         self._replaceable[name] = self._compiled(model)
         return model
 
@@ -233,9 +244,13 @@ class Parts:
             folder: where to; each file appears under its name when it is complete, `model_index.json` last.
             dtype: NumPy dtype of the weights, e.g. "float16"; by default that of the models. "int8" is the U-Net's, the
                 others then keep theirs, and diffusers does not open it; see `keras_sd.weights.int8`.
+
+        Raises:
+            ValueError: the U-Net's kernels are transformed (`winograd=True`).
         """
         from keras_sd.weights.diffusers_folder import write_folder
 
+        refuse_forms(self.diffusion_model, "save_preset()", WinogradKernel)
         write_folder(
             folder,
             self.tokenizer,

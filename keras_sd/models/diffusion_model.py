@@ -7,8 +7,11 @@ from keras import ops
 
 from keras_sd.layers import Downsample, GroupNorm, ResnetBlock, SpatialTransformer, Upsample
 from keras_sd.layers.backend_fixes import silu
+from keras_sd.layers.int8 import Int8Kernel
+from keras_sd.layers.kernel_forms import refuse_forms
 from keras_sd.layers.repeat import Repeat
-from keras_sd.models.network import Network
+from keras_sd.layers.winograd import WinogradKernel, transform
+from keras_sd.models.network import Network, forget_traces
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
@@ -170,6 +173,26 @@ class DiffusionModel(Network):
         *skips, middle = (ops.add(x, residual) for x, residual in zip([*skips, middle], residuals))
         prediction = up([*others, time, middle, *skips])
         return keras.Model({**inputs, "residuals": residuals}, prediction, name=self.name)
+
+    def use_winograd(self):
+        """Transforms kernels of 3×3 convolutions, for good, where `keras_sd.layers.winograd` is faster: in the residual
+        blocks of all levels but the first, where channels are few for what the pixels take to transform, and the last,
+        where pixels are few for such kernels.
+
+        Raises:
+            ValueError: kernels are int8, or have LoRA factors; or there is no such level.
+        """
+        refuse_forms(self, "winograd=True", Int8Kernel)
+        last = len(self.arguments["block_out_channels"]) - 1
+        if last < 2:
+            raise ValueError(f"winograd=True is for U-Nets of three levels and more; the {self.name} has {last + 1}.")
+        between = [f"{way}.{i}." for way in ("down_blocks", "up_blocks") for i in range(1, last)]
+        for block in self._blocks():
+            if isinstance(block, ResnetBlock) and block.name.startswith(tuple(between)):
+                for conv in block.conv1, block.conv2:
+                    if not isinstance(conv, WinogradKernel):
+                        transform(conv)
+        forget_traces(self)
 
     @property
     def gradient_checkpointing(self):

@@ -13,6 +13,8 @@ import numpy as np
 from keras import ops
 from keras.src.backend.common import global_state
 
+from keras_sd.layers.kernel_forms import refuse_forms
+from keras_sd.layers.winograd import WinogradKernel
 from keras_sd.weights import streaming
 from keras_sd.weights.files import let_go
 
@@ -146,7 +148,12 @@ def _openvino_value(stored, order, dtype):
 
 
 def to_state_dict(model):
-    """dict of state-dict key → NumPy array in the layout of diffusers, in the dtype of the variables."""
+    """dict of state-dict key → NumPy array in the layout of diffusers, in the dtype of the variables.
+
+    Raises:
+        ValueError: kernels are transformed (`keras_sd.layers.winograd`).
+    """
+    refuse_forms(model, "A file", WinogradKernel)
     return {state_dict_key(v): np.ascontiguousarray(_to_state_dict(v)) for v in model.variables}
 
 

@@ -20,7 +20,7 @@ import pathlib
 import h5py
 import numpy as np
 
-from keras_sd.layers.int8 import refuse_int8
+from keras_sd.layers.kernel_forms import refuse_forms
 from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
 from keras_sd.weights.assign import set_values, without_values
 from keras_sd.weights.files import atomic_file
@@ -204,7 +204,7 @@ def write_keras_cv(model, path, dtype="float32", metadata=None):
     """
     if dtype not in ("float32", "float16"):
         raise ValueError(f"KerasCV's .h5 files hold float32 or float16; got {dtype!r}.")
-    refuse_int8(model, "KerasCV's .h5")
+    refuse_forms(model, "KerasCV's .h5")
     layers = published_names(model)
     metadata = {"arguments": _arguments(model), **(metadata or {})}
     with atomic_file(path) as part, h5py.File(part, "w") as file:

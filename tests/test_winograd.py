@@ -1,0 +1,170 @@
+"""`winograd=True`: the same convolutions by 16 products over the channels, the same pictures, and one error for what
+cannot be done with transformed kernels."""
+
+import diffusers
+import numpy as np
+import pytest
+import tensorflow as tf
+import torch
+
+from export.__main__ import main
+from keras_sd import ControlNet, StableDiffusion
+from keras_sd.layers import timestep_embedding
+from keras_sd.layers.conv import Conv3x3
+from keras_sd.layers.kernel_forms import layers_of
+from keras_sd.layers.winograd import WinogradKernel, convolve, transform, transform_kernel
+from keras_sd.training.trainer import DiffusionTrainer
+from keras_sd.weights.int8 import quantize
+from keras_sd.weights.keras_cv import write_keras_cv
+
+BETWEEN = [
+    f"{way}_blocks.{block}.resnets.{i}/conv{j}"
+    for way, blocks, count in (("down", (1, 2), 2), ("up", (1, 2), 3))
+    for block in blocks
+    for i in range(count)
+    for j in (1, 2)
+]
+OPTIONS = {"num_steps": 2, "seed": 3, "height": 64, "width": 96, "progress": False}
+
+
+@pytest.fixture
+def sd(v2_like):
+    return StableDiffusion.from_preset(v2_like, winograd=True)
+
+
+def random_layer(dtype="float32"):
+    """A `Conv3x3` from 8 to 5 channels, and its input, of a batch of 3."""
+    layer, random = Conv3x3(5, dtype=dtype), np.random.default_rng(0)
+    layer.build((None, None, None, 8))
+    layer.bias.assign(random.standard_normal(5))
+    return layer, lambda *size: random.standard_normal((3, *size, 8)).astype("float32")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (7, 7), (8, 6), (5, 16), (1, 9)])
+def test_it_is_the_convolution(size):
+    layer, picture = random_layer()
+    x = picture(*size)
+    expected = np.asarray(layer(x))
+    transform(layer)
+    np.testing.assert_allclose(layer(x), expected, rtol=0, atol=2e-6)
+    unknown = tf.function(layer, [tf.TensorSpec((None, None, None, 8))], autograph=False)
+    np.testing.assert_allclose(unknown(x), expected, rtol=0, atol=2e-6)
+
+
+def test_torch_convolves_alike():
+    random = np.random.default_rng(0)
+    x, kernel = random.standard_normal((2, 12, 10, 16)), random.standard_normal((3, 3, 16, 24))
+    expected = torch.nn.functional.conv2d(
+        *map(torch.tensor, (x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1))), padding=1
+    )
+    ours = convolve(tf.constant(x), tf.constant(transform_kernel(kernel), "float64"))
+    np.testing.assert_allclose(ours, expected.permute(0, 2, 3, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_dtypes_round(dtype):
+    """By the size of the sums that are rounded: 1 % in bfloat16."""
+    layer, picture = random_layer(dtype)
+    x = picture(16, 16)
+    expected = np.asarray(layer(x), "float32")
+    transform(layer)
+    ours = np.asarray(layer(x), "float32")
+    assert layer._kernel.dtype == dtype
+    assert np.linalg.norm(ours - expected) < 0.015 * np.linalg.norm(expected)
+
+
+def test_the_kernels_between_the_first_level_and_the_last(sd, v2_like):
+    model, plain = sd.diffusion_model, StableDiffusion.from_preset(v2_like).diffusion_model
+    layers = layers_of(model, WinogradKernel)
+    assert sorted(layer._kernel.path for layer in layers) == sorted(f"{name}/kernel" for name in BETWEEN)
+    assert not any(layer._kernel.trainable for layer in layers)
+    assert {v.path for v in model.variables} == {v.path for v in plain.variables}
+    held = model.count_params()
+    model.use_winograd()  # again changes nothing
+    assert len(layers_of(model)) == len(layers) and model.count_params() == held
+
+
+def test_diffusers_predicts_alike(sd, v2_like):
+    """Sizes that are odd on a level, too."""
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(v2_like, subfolder="unet")
+    random = np.random.default_rng(0)
+    for height, width in ((8, 8), (12, 20)):
+        latent = random.standard_normal((2, height, width, 4)).astype("float32")
+        context = random.standard_normal((2, 77, theirs.config.cross_attention_dim)).astype("float32")
+        time = np.array(timestep_embedding(np.array([7.0, 981.0]), theirs.config.block_out_channels[0]))
+        ours = sd.diffusion_model({"latent": latent, "timestep_embedding": time, "context": context}, training=False)
+        with torch.no_grad():
+            expected = theirs(
+                torch.tensor(latent.transpose(0, 3, 1, 2)),
+                torch.tensor([7, 981]),
+                torch.tensor(context),
+            ).sample
+        np.testing.assert_allclose(ours, expected.permute(0, 2, 3, 1), rtol=0, atol=1e-4)
+
+
+def test_bfloat16_predicts_nearly_as_well(v2_like):
+    """The network rounds in many places: that these round more makes its error at most a third larger."""
+    random, outputs = np.random.default_rng(0), {}
+    shapes = {"latent": (2, 16, 16, 4), "timestep_embedding": (2, 64), "context": (2, 77, 128)}
+    inputs = {name: random.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+    for options in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "winograd": True}):
+        model = StableDiffusion.from_preset(v2_like, **options).diffusion_model
+        outputs[len(outputs)] = np.asarray(model(inputs, training=False), "float32")
+    exact, plain, fast = outputs.values()
+    assert np.linalg.norm(fast - exact) < 4 / 3 * np.linalg.norm(plain - exact)
+
+
+def test_pictures(v2_like):
+    plain, fast = (
+        StableDiffusion.from_preset(v2_like, winograd=winograd).text_to_image("apple", **OPTIONS).astype(int)
+        for winograd in (False, True)
+    )
+    assert np.abs(plain - fast).max() <= 1
+
+
+def test_exports_take_it(v2_like, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "export.saved_model.export_saved_models", lambda *args, **kwargs: given.append((args, kwargs)) or {}
+    )
+    main(["--preset", str(v2_like), "--out", str(tmp_path), "--winograd"])
+    (((sd, _), options),) = given
+    assert len(layers_of(sd.diffusion_model, WinogradKernel)) == len(BETWEEN) and "winograd" not in options
+
+
+def test_what_needs_kernels_says_so(sd, tmp_path):
+    unet = sd.diffusion_model
+    for needs in (
+        lambda: DiffusionTrainer(unet, sd.scheduler[0]),
+        lambda: ControlNet.from_diffusion_model(unet),
+        lambda: sd.add_lora(),
+        lambda: sd.load_lora(tmp_path / "any.safetensors"),
+        lambda: sd.quantize(),
+        lambda: sd.save_preset(tmp_path / "preset"),
+        lambda: write_keras_cv(unet, tmp_path / "kcv_diffusion_model.h5"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"needs float weights; those of the diffusion_model are transformed \(win"
+        ):
+            needs()
+    with pytest.raises(ValueError, match="no place for the transformed"):
+        unet.save_weights(tmp_path / "x.weights.h5")
+    assert not (tmp_path / "preset").exists() and not (tmp_path / "kcv_diffusion_model.h5").exists()
+
+
+def test_what_it_does_not_go_with(v2_like, monkeypatch):
+    with pytest.raises(ValueError, match="without low_memory, .* got tensorflow, low_memory=True"):
+        StableDiffusion(winograd=True, low_memory=True)
+    with pytest.raises(ValueError, match="three levels and more; the diffusion_model has 2"):
+        StableDiffusion.from_preset("emoji", winograd=True).diffusion_model  # noqa: B018
+    model = StableDiffusion.from_preset(v2_like).diffusion_model
+    quantize(model)
+    with pytest.raises(ValueError, match="winograd=True needs float weights; those of the diffusion_model are int8"):
+        model.use_winograd()
+    sd = StableDiffusion.from_preset(v2_like)
+    sd.add_lora(rank=2, targets=[".*conv1"])
+    with pytest.raises(ValueError, match="fuse_lora"):
+        sd.diffusion_model.use_winograd()
+    monkeypatch.setattr("keras.backend.backend", lambda: "openvino")
+    with pytest.raises(ValueError, match="TensorFlow backend .* got openvino"):
+        StableDiffusion(winograd=True)
