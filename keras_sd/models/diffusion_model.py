@@ -176,20 +176,22 @@ class DiffusionModel(Network):
 
     def use_winograd(self):
         """Transforms kernels of 3×3 convolutions, for good, where `keras_sd.layers.winograd` is faster: in the residual
-        blocks of all levels but the first, where channels are few for what the pixels take to transform, and the last,
-        where pixels are few for such kernels.
+        blocks of all levels but the last, where pixels are few for such kernels, and the first, where channels are few
+        for what the pixels take to transform. On the way up its inputs have enough of them.
 
         Raises:
-            ValueError: kernels are int8, or have LoRA factors; or there is no such level.
+            ValueError: kernels are int8, or have LoRA factors; or there is no level between those two.
         """
         refuse_forms(self, "winograd=True", Int8Kernel)
         last = len(self.arguments["block_out_channels"]) - 1
         if last < 2:
             raise ValueError(f"winograd=True is for U-Nets of three levels and more; the {self.name} has {last + 1}.")
-        between = [f"{way}.{i}." for way in ("down_blocks", "up_blocks") for i in range(1, last)]
+        between = tuple(f"{way}.{i}." for way in ("down_blocks", "up_blocks") for i in range(1, last))
         for block in self._blocks():
-            if isinstance(block, ResnetBlock) and block.name.startswith(tuple(between)):
-                for conv in block.conv1, block.conv2:
+            if isinstance(block, ResnetBlock):
+                convs = [block.conv1, block.conv2] if block.name.startswith(between) else []
+                convs = [block.conv1] if block.name.startswith(f"up_blocks.{last}.") else convs
+                for conv in convs:
                     if not isinstance(conv, WinogradKernel):
                         transform(conv)
         forget_traces(self)
