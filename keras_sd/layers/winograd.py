@@ -18,10 +18,12 @@ OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], "float32")  # Aᵀ
 
 
 def transform_kernel(kernel):
-    """A kernel (3, 3, in, out) → float32 (16, in, out), G g Gᵀ row by row."""
-    kernel = np.tensordot(KERNEL, np.asarray(kernel, "float32"), (1, 0))
-    kernel = np.tensordot(KERNEL, kernel, (1, 1)).swapaxes(0, 1)
-    return kernel.reshape(16, *kernel.shape[2:])
+    """A kernel (3, 3, in, out) → (16, in, out) of the same dtype, G g Gᵀ row by row."""
+    transformed = np.empty((4, 4, *kernel.shape[2:]), kernel.dtype)
+    for first in range(0, kernel.shape[2], 64):  # all of a large one in float32 would be half a GB
+        part = np.tensordot(KERNEL, kernel[:, :, first : first + 64].astype("float32"), (1, 0))
+        transformed[:, :, first : first + 64] = np.tensordot(KERNEL, part, (1, 1)).swapaxes(0, 1)
+    return transformed.reshape(16, *kernel.shape[2:])
 
 
 def convolve(x, kernel):
@@ -71,6 +73,6 @@ def transform(layer):
     """Transforms the kernel of a built `Conv3x3` with stride 1 and zeros around."""
     if layer.lora_enabled:
         raise ValueError(f"winograd=True needs layers without LoRA factors ({layer.path}): fuse_lora() first.")
-    kernel = transform_kernel(ops.convert_to_numpy(ops.cast(layer._kernel, "float32")))
+    kernel = transform_kernel(ops.convert_to_numpy(layer._kernel))
     change_kernel(layer, WinogradKernel, kernel=(kernel.shape, layer._kernel.dtype))
     layer._kernel.assign(kernel)
