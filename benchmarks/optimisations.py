@@ -28,11 +28,11 @@ def put(module, name, value):
 # === What is timed ===
 
 
-def step(preset, steps):
-    """Seconds of single denoising steps at the preset's size, with guidance."""
+def step(preset, steps, **options):
+    """Seconds of single denoising steps at the preset's size, with guidance and options of `StableDiffusion`."""
     from keras_sd import StableDiffusion
 
-    sd = StableDiffusion.from_preset(preset, dtype="bfloat16")
+    sd = StableDiffusion.from_preset(preset, dtype="bfloat16", **options)
     ticks = []
     sd.text_to_image("a", num_steps=steps + 2, seed=0, progress=False, callback=lambda *_: ticks.append(clock()))
     seconds = [later - earlier for earlier, later in zip(ticks, ticks[1:])]
@@ -41,10 +41,7 @@ def step(preset, steps):
 
 def step_winograd(preset, steps):
     """The same with `winograd=True`."""
-    from keras_sd.parts import Parts
-
-    Parts.__init__.__kwdefaults__["winograd"] = True
-    return step(preset, steps)
+    return step(preset, steps, winograd=True)
 
 
 def loading(preset, steps):

@@ -127,7 +127,7 @@ def build_parser():
     draw.add_argument(
         "--winograd",
         action="store_true",
-        help="faster on processors without AMX, for a fifth more of the U-Net's memory",
+        help="faster on processors without AMX, for memory: kernels become larger",
     )
     draw.add_argument(
         "--safety-checker", action="store_const", const=True, help="black out what the preset's safety checker flags"

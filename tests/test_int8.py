@@ -186,15 +186,20 @@ def test_files_that_do_not_fit(folder, tmp_path, change, message):
         StableDiffusion.from_preset(tmp_path).diffusion_model  # noqa: B018
 
 
+def needing_kernels(sd, folder):
+    """What starts from kernels as files have them."""
+    return [
+        lambda: DiffusionTrainer(sd.diffusion_model, sd.scheduler[0]),
+        lambda: ControlNet.from_diffusion_model(sd.diffusion_model),
+        lambda: sd.add_lora(),
+        lambda: sd.load_lora(folder / "any.safetensors"),
+        lambda: write_keras_cv(sd.diffusion_model, folder / "kcv_diffusion_model.h5"),
+    ]
+
+
 def test_what_needs_floats_says_so(sd, tiny, folder, tmp_path, capsys):
     unet = sd.diffusion_model
-    for needs in (
-        lambda: DiffusionTrainer(unet, sd.scheduler[0]),
-        lambda: ControlNet.from_diffusion_model(unet),
-        lambda: sd.add_lora(),
-        lambda: sd.load_lora(tmp_path / "any.safetensors"),
-        lambda: write_keras_cv(unet, tmp_path / "kcv_diffusion_model.h5"),
-    ):
+    for needs in needing_kernels(sd, tmp_path):
         with pytest.raises(ValueError, match="needs float weights; those of the diffusion_model are int8"):
             needs()
     with pytest.raises(ValueError, match="no place for the int8 kernel"):

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
+from test_int8 import needing_kernels
 
 from export.__main__ import main
-from keras_sd import ControlNet, StableDiffusion
+from keras_sd import StableDiffusion
 from keras_sd.layers import timestep_embedding
 from keras_sd.layers.conv import Conv3x3
 from keras_sd.layers.kernel_forms import layers_of
 from keras_sd.layers.winograd import WinogradKernel, convolve, transform, transform_kernel
-from keras_sd.training.trainer import DiffusionTrainer
 from keras_sd.weights.int8 import quantize
-from keras_sd.weights.keras_cv import write_keras_cv
 
 BETWEEN = [
     f"{way}_blocks.{block}.resnets.{i}/conv{j}"
@@ -135,15 +134,7 @@ def test_exports_take_it(v2_like, tmp_path, monkeypatch):
 
 def test_what_needs_kernels_says_so(sd, tmp_path):
     unet = sd.diffusion_model
-    for needs in (
-        lambda: DiffusionTrainer(unet, sd.scheduler[0]),
-        lambda: ControlNet.from_diffusion_model(unet),
-        lambda: sd.add_lora(),
-        lambda: sd.load_lora(tmp_path / "any.safetensors"),
-        lambda: sd.quantize(),
-        lambda: sd.save_preset(tmp_path / "preset"),
-        lambda: write_keras_cv(unet, tmp_path / "kcv_diffusion_model.h5"),
-    ):
+    for needs in (*needing_kernels(sd, tmp_path), sd.quantize, lambda: sd.save_preset(tmp_path / "preset")):
         with pytest.raises(
             ValueError, match=r"needs float weights; those of the diffusion_model are transformed \(win"
         ):
@@ -163,9 +154,10 @@ def test_what_it_does_not_go_with(v2_like, monkeypatch):
     with pytest.raises(ValueError, match="winograd=True needs float weights; those of the diffusion_model are int8"):
         model.use_winograd()
     sd = StableDiffusion.from_preset(v2_like)
-    sd.add_lora(rank=2, targets=[".*conv1"])
+    sd.add_lora(rank=2, targets=["up_blocks.3.*conv1"])
     with pytest.raises(ValueError, match="fuse_lora"):
         sd.diffusion_model.use_winograd()
+    assert not layers_of(sd.diffusion_model)
     monkeypatch.setattr("keras.backend.backend", lambda: "openvino")
     with pytest.raises(ValueError, match="TensorFlow backend .* got openvino"):
         StableDiffusion(winograd=True)

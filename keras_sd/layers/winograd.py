@@ -70,9 +70,7 @@ class WinogradKernel(KernelForm):
 
 
 def transform(layer):
-    """Transforms the kernel of a built `Conv3x3` with stride 1 and zeros around."""
-    if layer.lora_enabled:
-        raise ValueError(f"winograd=True needs layers without LoRA factors ({layer.path}): fuse_lora() first.")
+    """Transforms the kernel of a built `Conv3x3` with stride 1 and zeros around, and without LoRA factors."""
     kernel = transform_kernel(ops.convert_to_numpy(layer._kernel))
     change_kernel(layer, WinogradKernel, kernel=(kernel.shape, layer._kernel.dtype))
     layer._kernel.assign(kernel)

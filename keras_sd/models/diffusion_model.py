@@ -187,13 +187,14 @@ class DiffusionModel(Network):
         if last < 2:
             raise ValueError(f"winograd=True is for U-Nets of three levels and more; the {self.name} has {last + 1}.")
         between = tuple(f"{way}.{i}." for way in ("down_blocks", "up_blocks") for i in range(1, last))
-        for block in self._blocks():
-            if isinstance(block, ResnetBlock):
-                convs = [block.conv1, block.conv2] if block.name.startswith(between) else []
-                convs = [block.conv1] if block.name.startswith(f"up_blocks.{last}.") else convs
-                for conv in convs:
-                    if not isinstance(conv, WinogradKernel):
-                        transform(conv)
+        blocks = [block for block in self._blocks() if isinstance(block, ResnetBlock)]
+        convs = [conv for block in blocks if block.name.startswith(between) for conv in (block.conv1, block.conv2)]
+        convs += [block.conv1 for block in blocks if block.name.startswith(f"up_blocks.{last}.")]
+        if adapted := [conv.path for conv in convs if conv.lora_enabled]:
+            raise ValueError(f"winograd=True needs layers without LoRA factors ({adapted[0]}): fuse_lora() first.")
+        for conv in convs:
+            if not isinstance(conv, WinogradKernel):
+                transform(conv)
         forget_traces(self)
 
     @property
