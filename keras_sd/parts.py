@@ -10,8 +10,6 @@ import keras
 
 from keras_sd.arguments import check_integer, check_number, check_ratio
 from keras_sd.denoiser import Denoiser
-from keras_sd.layers.kernel_forms import refuse_forms
-from keras_sd.layers.winograd import WinogradKernel
 from keras_sd.lora import Adapters, add_lora, lora_factors, lora_layers, remove_lora, target_layers
 from keras_sd.memory import trim
 from keras_sd.presets import locate
@@ -199,11 +197,14 @@ class Parts:
             in_file = "diffusion_model" if self.low_memory else None if self.keeps_models else "text_encoder"
             # XLA cannot read a file
             with streamed() if name == in_file and not self.jit_compile else nullcontext():
-                model = (read or getattr(self.checkpoint, name))(self.dtype)
-        if name == "diffusion_model" and self.winograd:
-            model.use_winograd()
+                model = (read or self._reader(name))(self.dtype)
         self._replaceable[name] = self._compiled(model)
         return model
+
+    def _reader(self, name):
+        """Function of the dtype that reads a model from the checkpoint."""
+        read = getattr(self.checkpoint, name)
+        return functools.partial(read, winograd=True) if self.winograd and name == "diffusion_model" else read
 
     def read_ahead(self, *names, keep=True):
         """Starts to read models, one after the other, in a thread, which does not know the caller's scopes: not a
@@ -219,7 +220,7 @@ class Parts:
         thread = ThreadPoolExecutor(1)
         for name in names:
             if name not in vars(self) and name not in self._reading and not self.low_memory:
-                self._reading[name] = thread.submit(getattr(self.checkpoint, name), self.dtype)
+                self._reading[name] = thread.submit(self._reader(name), self.dtype)
         thread.shutdown(wait=False)
 
     def keep(self, *names):
@@ -250,7 +251,6 @@ class Parts:
         """
         from keras_sd.weights.diffusers_folder import write_folder
 
-        refuse_forms(self.diffusion_model, "save_preset()", WinogradKernel)
         write_folder(
             folder,
             self.tokenizer,

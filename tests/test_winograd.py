@@ -10,10 +10,13 @@ from test_int8 import needing_kernels
 
 from export.__main__ import main
 from keras_sd import StableDiffusion
+from keras_sd.checkpoint import open_checkpoint
+from keras_sd.convert import write_checkpoint
 from keras_sd.layers import timestep_embedding
 from keras_sd.layers.conv import Conv3x3
 from keras_sd.layers.kernel_forms import layers_of
 from keras_sd.layers.winograd import WinogradKernel, convolve, transform, transform_kernel
+from keras_sd.weights.diffusers_folder import build_diffusion_model, read_component
 from keras_sd.weights.int8 import quantize
 
 BETWEEN = [
@@ -57,7 +60,7 @@ def test_torch_convolves_alike():
     expected = torch.nn.functional.conv2d(
         *map(torch.tensor, (x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1))), padding=1
     )
-    ours = convolve(tf.constant(x), tf.constant(transform_kernel(kernel), "float64"))
+    ours = convolve(tf.constant(x), transform_kernel(tf.constant(kernel)))
     np.testing.assert_allclose(ours, expected.permute(0, 2, 3, 1), rtol=0, atol=1e-4)
 
 
@@ -82,6 +85,29 @@ def test_which_kernels_are_transformed(sd, v2_like):
     held = model.count_params()
     model.use_winograd()  # again changes nothing
     assert len(layers_of(model)) == len(layers) and model.count_params() == held
+
+
+def test_files_of_every_format_are_read_into_them(v2_like, tmp_path):
+    """To the same numbers as those of a model that is transformed after it was read."""
+    plain = StableDiffusion.from_preset(v2_like)
+    for name, format in (("folder", "diffusers"), ("x.safetensors", "single_file"), ("kcv", "keras_cv")):
+        write_checkpoint(plain, tmp_path / name, format)
+    plain.diffusion_model.use_winograd()
+    expected = {v.path: np.asarray(v) for v in plain.diffusion_model.variables}
+    for name in ("folder", "x.safetensors", "kcv"):
+        model = open_checkpoint(tmp_path / name).diffusion_model(winograd=True)
+        assert {v.path for v in model.variables} == expected.keys()
+        for variable in model.variables:
+            np.testing.assert_array_equal(variable, expected[variable.path])
+
+
+def test_weights_of_another_shape_are_named(v2_like):
+    config, arrays = read_component(v2_like, "unet")
+    arrays["up_blocks.1.resnets.0.conv1.weight"] = np.zeros((2, 2, 3, 3), "float32")
+    with pytest.raises(
+        ValueError, match=r"up_blocks.1.resnets.0.conv1.weight has shape \(2, 2, 3, 3\); .* needs \(\d+, \d+, 3, 3\)"
+    ):
+        build_diffusion_model(config, arrays, "here", winograd=True)
 
 
 def test_diffusers_predicts_alike(sd, v2_like):

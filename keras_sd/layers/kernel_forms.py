@@ -34,6 +34,11 @@ def change_kernel(layer, form, **variables):
     layer._tracker.lock()
 
 
+def shape_in_files(variable):
+    """The shape that files have a variable in; where it has another, `from_file` makes its value of what they hold."""
+    return getattr(variable, "shape_in_files", tuple(variable.shape))
+
+
 def layers_of(model, form=KernelForm):
     """The layers of a model whose kernels have that form."""
     return [layer for layer in model._flatten_layers() if isinstance(layer, form)]

@@ -18,12 +18,9 @@ OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], "float32")  # Aᵀ
 
 
 def transform_kernel(kernel):
-    """A kernel (3, 3, in, out) → (16, in, out) of the same dtype, G g Gᵀ row by row."""
-    transformed = np.empty((4, 4, *kernel.shape[2:]), kernel.dtype)
-    for first in range(0, kernel.shape[2], 64):  # all of a large one in float32 would be half a GB
-        part = np.tensordot(KERNEL, kernel[:, :, first : first + 64].astype("float32"), (1, 0))
-        transformed[:, :, first : first + 64] = np.tensordot(KERNEL, part, (1, 1)).swapaxes(0, 1)
-    return transformed.reshape(16, *kernel.shape[2:])
+    """A tensor (3, 3, in, out) → (16, in, out) of the same dtype, G g Gᵀ row by row."""
+    rows = ops.matmul(ops.cast(np.kron(KERNEL, KERNEL), kernel.dtype), ops.reshape(kernel, (9, -1)))
+    return ops.reshape(rows, (16, *kernel.shape[2:]))
 
 
 def convolve(x, kernel):
@@ -70,7 +67,11 @@ class WinogradKernel(KernelForm):
 
 
 def transform(layer):
-    """Transforms the kernel of a built `Conv3x3` with stride 1 and zeros around, and without LoRA factors."""
-    kernel = transform_kernel(ops.convert_to_numpy(layer._kernel))
-    change_kernel(layer, WinogradKernel, kernel=(kernel.shape, layer._kernel.dtype))
-    layer._kernel.assign(kernel)
+    """Transforms the kernel of a built `Conv3x3` with stride 1 and zeros around, and without LoRA factors; one without
+    a value when it gets that."""
+    kernel, shape = layer._kernel, tuple(layer._kernel.shape)
+    transformed = None if kernel._value is None else transform_kernel(ops.convert_to_tensor(kernel))
+    change_kernel(layer, WinogradKernel, kernel=((16, *shape[2:]), kernel.dtype))
+    layer._kernel.shape_in_files, layer._kernel.from_file = shape, transform_kernel
+    if transformed is not None:
+        layer._kernel.assign(transformed)

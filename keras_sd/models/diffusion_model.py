@@ -177,7 +177,8 @@ class DiffusionModel(Network):
     def use_winograd(self):
         """Transforms kernels of 3×3 convolutions, for good, where `keras_sd.layers.winograd` is faster: in the residual
         blocks of all levels but the last, where pixels are few for such kernels, and the first, where channels are few
-        for what the pixels take to transform. On the way up its inputs have enough of them.
+        for what the pixels take to transform. On the way up its inputs have enough of them. A kernel without a
+        value is transformed when it gets that.
 
         Raises:
             ValueError: kernels are int8, or have LoRA factors; or there is no level between those two.

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 from keras.src.backend.common import global_state
 
-from keras_sd.layers.kernel_forms import refuse_forms
+from keras_sd.layers.kernel_forms import refuse_forms, shape_in_files
 from keras_sd.layers.winograd import WinogradKernel
 from keras_sd.weights import streaming
 from keras_sd.weights.files import let_go
@@ -80,8 +80,8 @@ def assign_state_dict(model, arrays, source):
         raise ValueError(f"{source} holds {_some(unknown)}, which the {model.name} does not have.")
     values = {key: _to_keras(key, arrays[key]) for key in variables}
     for key, value in values.items():
-        if value.shape != tuple(variables[key].shape):
-            expected = to_torch_layout(np.broadcast_to(0, variables[key].shape)).shape
+        if value.shape != (shape := shape_in_files(variables[key])):
+            expected = to_torch_layout(np.broadcast_to(0, shape)).shape
             raise ValueError(f"{source}: {key} has shape {arrays[key].shape}; the {model.name} needs {expected}.")
     set_values((variables[key], value) for key, value in values.items())
 
@@ -100,6 +100,7 @@ def set_values(pairs):
             streaming.stream(variable, stored, functools.partial(_converted, order=order, dtype=variable.dtype))
         else:
             here.append((variable, stored, order))
+    here.sort(key=lambda one: -one[1].nbytes)
     with ThreadPoolExecutor(2) as pool:  # half of the time goes into clearing fresh memory, which the system does
         for (variable, *_), value in zip(here, pool.map(_value, here)):
             if getattr(variable, "_value", variable) is None:
@@ -128,6 +129,7 @@ def _value(one):
         # TensorFlow copies; others might share the file's memory, which cannot be written
         copy = stored if keras.backend.backend() == "tensorflow" else stored.copy()
         value = _converted(ops.convert_to_tensor(copy), order, variable.dtype)
+        value = variable.from_file(value) if hasattr(variable, "from_file") else value
     let_go(stored)
     return value
 

@@ -20,7 +20,7 @@ import pathlib
 import h5py
 import numpy as np
 
-from keras_sd.layers.kernel_forms import refuse_forms
+from keras_sd.layers.kernel_forms import refuse_forms, shape_in_files
 from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
 from keras_sd.weights.assign import set_values, without_values
 from keras_sd.weights.files import atomic_file
@@ -331,12 +331,13 @@ def _topology(num_layers, num_arrays):
 # === Models ===
 
 
-def build_from_keras_cv(path, dtype=None, **arguments):
+def build_from_keras_cv(path, dtype=None, winograd=False, **arguments):
     """The model whose weights a file holds; widths are read off the arrays.
 
     Args:
         path: an `.h5` file of KerasCV.
         dtype: Keras dtype policy.
+        winograd: of a U-Net, see `DiffusionModel.use_winograd`.
         **arguments: of the model, in place of what the metadata and the arrays say.
 
     Raises:
@@ -349,6 +350,8 @@ def build_from_keras_cv(path, dtype=None, **arguments):
         raise ValueError(f"{str(path)!r} is not in the layout of a KerasCV model: a layer lacks arrays.") from None
     with without_values():
         model = cls(**{**widths, **read_metadata(path).get("arguments", {}), **arguments}, dtype=dtype)
+        if winograd:
+            model.use_winograd()
     _assign(model, layers, arrays, str(path))
     return model
 
@@ -413,8 +416,8 @@ def _assign(model, layers, arrays, source):
             raise ValueError(f"{source}: layer {layer} holds {len(own)} arrays; {len(places)} are needed.")
         for variable, array in zip(places, own):
             array = array.reshape(array.shape[2:]) if array.ndim == 4 and len(variable.shape) == 2 else array
-            if array.shape != tuple(variable.shape):
-                raise ValueError(f"{source}: {variable.path} needs shape {tuple(variable.shape)}; got {array.shape}.")
+            if array.shape != (shape := shape_in_files(variable)):
+                raise ValueError(f"{source}: {variable.path} needs shape {shape}; got {array.shape}.")
             values.append((variable, array))
     set_values(values)
 
