@@ -195,6 +195,10 @@ def plain_kernels():
     put("keras_sd.models.diffusion_model", "DiffusionModel.use_winograd", lambda self: None)
 
 
+def read_in_order():
+    put("keras_sd.weights.assign", "_bytes", lambda one: 0)
+
+
 def plain_products():
     put("keras_sd.layers.dense", "MANY_POSITIONS", 2**62)
 
@@ -257,6 +261,7 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "rows": ("products of many positions as 1×1 convolutions", "tensorflow", step, plain_products),
     "winograd": ("`winograd=True`", "tensorflow", step_winograd, plain_kernels),
     "reading": ("weights read by two threads, instead of one", "tensorflow", loading, one_reader),
+    "largest": ("the largest weights read first, instead of in order", "tensorflow", command, read_in_order),
     "norms": ("group normalization by batch normalization's kernels", "tensorflow", step, plain_norms),
     "decoder_norms": ("the same, instead of in bands that the cache holds", "tensorflow", decoding, plain_norms),
     "bands": ("the same, instead of whole pictures in float32", "tensorflow", decoding, whole_norms),

@@ -100,7 +100,7 @@ def set_values(pairs):
             streaming.stream(variable, stored, functools.partial(_converted, order=order, dtype=variable.dtype))
         else:
             here.append((variable, stored, order))
-    here.sort(key=lambda one: -one[1].nbytes)  # what large ones leave in TensorFlow's pool has room for small ones
+    here.sort(key=_bytes, reverse=True)  # what large ones leave in TensorFlow's pool has room for small ones
     with ThreadPoolExecutor(2) as pool:  # half of the time goes into clearing fresh memory, which the system does
         for (variable, *_), value in zip(here, pool.map(_value, here)):
             if getattr(variable, "_value", variable) is None:
@@ -108,6 +108,10 @@ def set_values(pairs):
                 variable._initializer = None
             else:
                 variable.assign(value)
+
+
+def _bytes(one):
+    return one[1].nbytes
 
 
 def _stored(array):
