@@ -64,7 +64,7 @@ def in_short():
         ("the same, on OpenVINO", first, "keras_sd_openvino", "diffusers", "seconds"),
         *(
             (f"peak memory of a picture, {memory.PICTURES[mine][0]}", peak, mine, other, "peak_memory")
-            for mine in ("picture", "openvino", "low_memory")
+            for mine in ("picture", "winograd", "openvino", "low_memory")
             for other in memory.PEERS
         ),
     ]
@@ -184,7 +184,7 @@ def plot(path=PLOT):
     colours = ["#c44e52" if name in inference.OURS else "#b8b8b8" for name in names]
     labels = [f"keras_sd, {named(name)}" if name in inference.OURS else named(name) for name in names]
     drawn = axes.barh(labels, [bars[name] for name in names], color=colours)
-    axes.bar_label(drawn, fmt="%.2f", padding=4)
+    axes.bar_label(drawn, fmt="%.2f", padding=4, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     axes.axvline(1, color="#606060", lw=0.8, zorder=0)
     axes.set_title("time of a denoising step at 512×512, best diffusers configuration = 1", fontsize=10, loc="left")
     axes.xaxis.set_visible(False)
