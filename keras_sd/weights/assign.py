@@ -97,7 +97,7 @@ def set_values(pairs):
     for variable, array in pairs:
         stored, order = _stored(array)
         if streaming.wanted(stored):
-            streaming.stream(variable, stored, functools.partial(_converted, order=order, dtype=variable.dtype))
+            streaming.stream(variable, stored, functools.partial(_converted, variable, order=order))
         else:
             here.append((variable, stored, order))
     here.sort(key=_bytes, reverse=True)  # what large ones leave in TensorFlow's pool has room for small ones
@@ -120,9 +120,10 @@ def _stored(array):
     return array.transpose(axes), [axes.index(axis) for axis in range(array.ndim)]
 
 
-def _converted(tensor, order, dtype):
+def _converted(variable, tensor, order):
     """A tensor of what `_stored` gave, as a variable's value: the backend transposes eight times as fast as NumPy."""
-    return ops.cast(ops.transpose(tensor, order) if order != sorted(order) else tensor, dtype)
+    value = ops.cast(ops.transpose(tensor, order) if order != sorted(order) else tensor, variable.dtype)
+    return variable.from_file(value) if hasattr(variable, "from_file") else value
 
 
 def _value(one):
@@ -132,8 +133,7 @@ def _value(one):
     else:
         # TensorFlow copies; others might share the file's memory, which cannot be written
         copy = stored if keras.backend.backend() == "tensorflow" else stored.copy()
-        value = _converted(ops.convert_to_tensor(copy), order, variable.dtype)
-        value = variable.from_file(value) if hasattr(variable, "from_file") else value
+        value = _converted(variable, ops.convert_to_tensor(copy), order)
     let_go(stored)
     return value
 
