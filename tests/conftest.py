@@ -4,6 +4,13 @@ import gc
 
 import pytest
 
+LONG = ["test_notebooks.py", "test_export.py", "test_trainer.py", "test_stable_diffusion.py", "test_distributed.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that processes that take a file each end together."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def memory_is_given_back():

@@ -100,7 +100,7 @@ def test_diffusers_opens_the_single_file(name, request, tmp_path):
             generator = torch.Generator().manual_seed(1)
             images = peer("an apple", num_inference_steps=2, generator=generator, output_type="np").images
             drawn.append(images)
-        np.testing.assert_array_equal(*drawn)
+        np.testing.assert_allclose(*drawn, atol=1e-5)  # torch's sums depend on where in memory weights begin
 
 
 def test_names_of_the_single_files(narrow_v1, v2_like, tmp_path):
