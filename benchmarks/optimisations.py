@@ -176,6 +176,11 @@ def whole_scores():
     put("keras_sd.layers.attention", "MAX_HEADS", 2**62)
 
 
+def narrow_values():
+    """40 columns, as many as SD v1's heads have."""
+    put("keras_sd.layers.attention", "WIDTH", 1)
+
+
 def wide_softmax():
     put("keras_sd.layers.attention", "Attention._softmax_dtype", lambda self: "float32")
 
@@ -255,6 +260,7 @@ def one_product():
 
 OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "pieces": ("attention in pieces that the cache holds, instead of all scores", "tensorflow", step, whole_scores),
+    "columns": ("values of heads filled up to whole registers", "tensorflow", step, narrow_values),
     "softmax": ("softmax of bfloat16 scores as they are, instead of in float32", "tensorflow", step, wide_softmax),
     "gelu": ("GELU in the product before it, instead of apart in float32", "tensorflow", step, gelu_apart),
     "products": ("3×3 convolutions at few positions as products", "tensorflow", step, all_convolutions),

@@ -17,6 +17,7 @@ from keras_sd.layers.token_merging import token_merging
 # Scores of one head that are computed at once: 2²¹ in bfloat16 are 4 MB, which the cache holds, so that they never
 # travel to memory (Dao et al., 2022, arXiv 2205.14135, have that idea for GPUs).
 MAX_SCORES = 2**21
+WIDTH = 16  # of a register: a product takes less time with a value of 48 columns than of 40
 MAX_HEADS = 16  # of a batch, that many scores of each of which are computed at once where they have no more
 
 
@@ -94,14 +95,15 @@ def _attend_in_chunks(query, key, value, softmax_dtype):
     size = -(-queries // chunks)  # of all chunks alike: the last one is filled up
     filled = ops.concatenate([query, query[:, :, : chunks * size - queries]], axis=2)
     pieces = ops.reshape(filled, (-1, size, dim))
-    key, value = (ops.reshape(x, (-1, keys, dim)) for x in (key, value))
+    value = ops.pad(value, ((0, 0), (0, 0), (0, 0), (0, -dim % WIDTH)))
+    key, value = (ops.reshape(x, (-1, keys, x.shape[-1])) for x in (key, value))
 
     def attend(piece):
         query, i = piece
         return _attend(query, key[i // chunks], value[i // chunks], softmax_dtype)
 
     attended = ops.map(attend, (pieces, ops.arange(ops.shape(pieces)[0])))
-    return ops.reshape(attended, (-1, heads, chunks * size, dim))[:, :, :queries]
+    return ops.reshape(attended, (-1, heads, chunks * size, value.shape[-1]))[:, :, :queries, :dim]
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
