@@ -11,6 +11,8 @@ import os
 import pathlib
 import sys
 
+from keras_sd.__main__ import FLOATS
+
 FIELDS = ("prompt", "negative_prompt", "seed")
 
 
@@ -58,10 +60,10 @@ def _checked(row, i, path):
 class Drawer:
     """What a worker holds: a callable class, as Ray Data wants it, from rows to the paths of their pictures."""
 
-    def __init__(self, preset, options):
+    def __init__(self, preset, model, options):
         from keras_sd import StableDiffusion
 
-        self.sd, self.options = StableDiffusion.from_preset(preset), options
+        self.sd, self.options = StableDiffusion.from_preset(preset, **model), options
 
     def __call__(self, rows):
         from keras_sd.png import write_png
@@ -74,13 +76,14 @@ class Drawer:
         return {"path": rows["path"]}
 
 
-def draw_batch(rows, folder, preset="emoji", *, workers=1, batch_size=4, gpus=0, **options):
+def draw_batch(rows, folder, preset="emoji", *, model=None, workers=1, batch_size=4, gpus=0, **options):
     """Draws a picture of each row that has none yet.
 
     Args:
         rows: list of dicts as `read_prompts` gives them.
         folder: where to; on a cluster, where all workers reach it. Row i becomes `00000i.png`.
         preset: preset, path or hf://owner/name, which every worker opens.
+        model: dict, options of `StableDiffusion`: `dtype`, `winograd`, `cache_interval` …
         workers: how many.
         batch_size: pictures that a worker draws at once.
         gpus: of each worker.
@@ -105,13 +108,13 @@ def draw_batch(rows, folder, preset="emoji", *, workers=1, batch_size=4, gpus=0,
     paths = [folder / f"{i:06d}.png" for i in range(len(rows))]
     missing = [{**row, "path": str(path)} for row, path in zip(rows, paths) if not path.exists()]
     if missing:
-        names = ("KERAS_BACKEND", "PYTHONPATH", "TF_CPP_MIN_LOG_LEVEL")
+        names = ("KERAS_BACKEND", "KERAS_SD_HOME", "PYTHONPATH", "TF_CPP_MIN_LOG_LEVEL")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         ray.init(ignore_reinit_error=True, runtime_env={"env_vars": environment}, log_to_driver=False)
         drawn = ray.data.from_items(missing).repartition(min(len(missing), -(-len(missing) // batch_size)))
         drawn.map_batches(
             Drawer,
-            fn_constructor_args=(preset, options),
+            fn_constructor_args=(preset, model or {}, options),
             batch_size=batch_size,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=gpus,
@@ -127,6 +130,8 @@ def main(arguments=None):
     )
     parser.add_argument("--out", required=True, help="folder of the pictures")
     parser.add_argument("--preset", default="emoji", help="preset, path or hf://owner/name (default emoji)")
+    parser.add_argument("--dtype", choices=FLOATS, help="dtype of the models")
+    parser.add_argument("--winograd", action="store_true", help="faster on processors without AMX, for memory")
     parser.add_argument("--workers", type=int, default=1, help="how many, each with the model (default 1)")
     parser.add_argument("--gpus", type=float, default=0, help="of each worker (default 0)")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures that one draws at once (default 4)")
@@ -139,6 +144,7 @@ def main(arguments=None):
             read_prompts(args.prompts),
             args.out,
             args.preset,
+            model={"dtype": args.dtype, "winograd": args.winograd},
             workers=args.workers,
             batch_size=args.batch_size,
             gpus=args.gpus,

@@ -18,9 +18,10 @@ def test_pictures_of_all_rows(tiny, tmp_path):
     ray.init(num_cpus=2, object_store_memory=10**8, include_dashboard=False, ignore_reinit_error=True)
     try:
         options = {"num_steps": 2, "height": 32, "width": 32}
-        paths = batch.draw_batch(ROWS, tmp_path, str(tiny), workers=1, batch_size=2, **options)
+        model = {"cache_interval": 2}
+        paths = batch.draw_batch(ROWS, tmp_path, str(tiny), model=model, workers=1, batch_size=2, **options)
         assert [path.name for path in paths] == ["000000.png", "000001.png", "000002.png"]
-        sd = StableDiffusion.from_preset(tiny)
+        sd = StableDiffusion.from_preset(tiny, **model)
         for row, path in zip(ROWS, paths):
             (expected,) = sd.text_to_image(
                 row["prompt"], negative_prompt=row["negative_prompt"], seed=row["seed"], progress=False, **options
@@ -36,6 +37,17 @@ def test_pictures_of_all_rows(tiny, tmp_path):
             batch.draw_batch(ROWS, tmp_path / "other", str(tiny), num_steps=0)
     finally:
         ray.shutdown()
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    drawn = {}
+    monkeypatch.setattr(batch, "draw_batch", lambda *args, **options: drawn.update(options, args=args) or [])
+    (tmp_path / "a.txt").write_text("a pear")
+    words = f"{tmp_path / 'a.txt'} --out {tmp_path} --preset x --dtype bfloat16 --winograd --workers 2 --steps 3"
+    assert batch.main(words.split()) == 0 and "0 pictures in" in capsys.readouterr().out
+    assert drawn["args"][1:] == (str(tmp_path), "x") and drawn["args"][0][0]["prompt"] == "a pear"
+    assert drawn["model"] == {"dtype": "bfloat16", "winograd": True}
+    assert (drawn["workers"], drawn["num_steps"]) == (2, 3)
 
 
 def test_files_of_prompts(tmp_path):
