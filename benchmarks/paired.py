@@ -14,7 +14,7 @@ import sys
 import time
 
 FOLDER = pathlib.Path(__file__).parents[1] / "runs" / "bench"
-PACKAGES = "tensorflow keras openvino torch diffusers transformers keras-cv numpy".split()
+PACKAGES = "tensorflow keras openvino jax torch diffusers transformers keras-cv numpy".split()
 
 
 # === One run ===
@@ -175,5 +175,10 @@ def machine():
         "memory_gb": round(int(re.search(r"MemTotal:\s*(\d+)", memory)[1]) * 1024 / 1e9),
         "instructions": [unit for unit in units if unit in flags],
         "python": ".".join(map(str, sys.version_info[:3])),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: importlib.metadata.version(name) for name in PACKAGES if installed(name)},
     }
+
+
+def installed(name):
+    """Whether there is a distribution of that name."""
+    return any(importlib.metadata.distributions(name=name))

@@ -6,7 +6,7 @@ A section whose benchmark has not run is left out. `benchmarks/NOTES.md` is writ
 import pathlib
 import statistics
 
-from benchmarks import approximations, inference, int8, memory, optimisations, quality, startup
+from benchmarks import approximations, gpu, inference, int8, memory, optimisations, quality, startup
 from benchmarks.paired import PACKAGES, best, load, markdown, ratios, spread
 
 HERE = pathlib.Path(__file__).parent
@@ -21,8 +21,9 @@ memory that are no ratios are in GB (10⁹ bytes).
 
 def report():
     """The whole page, Markdown."""
-    sections = [INTRODUCTION, where(), in_short(), *map(pictures, inference.CASES), first_picture(), peaks()]
-    return "\n".join(filter(None, [*sections, gains(), small(), inexact(), steps(), (HERE / "NOTES.md").read_text()]))
+    sections = [INTRODUCTION, where(), in_short(), *map(pictures, inference.CASES), first_picture(), peaks(), gains()]
+    sections += [small(), inexact(), steps(), on_gpu(), (HERE / "NOTES.md").read_text()]
+    return "\n".join(filter(None, sections))
 
 
 def rows_of(name, case):
@@ -38,12 +39,12 @@ def named(runner):
 
 def where():
     """The machine and the versions; several where not everything was measured with the same."""
-    known = [load(name).get("machine") for name in ("inference", "startup", "memory", "optimisations")]
+    known = [load(name).get("machine") for name in ("inference", "startup", "memory", "optimisations", "gpu")]
     lines = []
     for one in known:
         if one:
             processor = "{processor}, {cores} cores, {memory_gb} GB".format(**one)
-            versions = ", ".join(f"{name} {one[name]}" for name in ("python", *PACKAGES))
+            versions = ", ".join(f"{name} {one[name]}" for name in ("python", *PACKAGES) if name in one)
             lines.append(f"- {processor}, {' '.join(one['instructions'])}; {versions}")
     lines = dict.fromkeys(lines)
     return "\n".join(["## Machine\n", *lines, ""]) if lines else None
@@ -161,6 +162,24 @@ the network twice a step.
 ![Distance and score against evaluations](../docs/quality.png)
 """
     return f"{words}\n{quality.table(results['samplers'])}"
+
+
+def on_gpu():
+    """JAX against torch."""
+    cases = load("gpu")["cases"]
+    rows = [
+        [
+            f"{gpu.TITLES[case]}, {named(theirs)}",
+            *(spread(ratios(rounds, ours, theirs, "seconds")) for ours in gpu.OURS),
+        ]
+        for case, rounds in cases.items()
+        for theirs in gpu.THEIRS
+    ]
+    devices = {
+        run["device"]: None for rounds in cases.values() for one in rounds for run in one.values() if "device" in run
+    }
+    words = f"## On a GPU: {', '.join(devices)}\n\nA whole picture of {gpu.STEPS} steps, bfloat16.\n"
+    return f"{words}\n{markdown(['A warm picture', *map(named, gpu.OURS)], rows)}" if rows else None
 
 
 # === Plot ===

@@ -89,7 +89,9 @@ def test_the_report_shows_what_was_measured(folder, monkeypatch):
     sizes = {"bfloat16": 1.72e9, "int8": 0.87e9}
     pair = {"int8": one(1.0), "bfloat16": one(1.25)}
     paired.save("int8", {"cases": {"512": [pair]}, "quality": near, "unet_bytes": sizes})
+    paired.save("gpu", {"cases": {"512": [{"jax": {**one(1), "device": "NVIDIA X1"}, "diffusers": one(2)}]}})
     page = results.report()
+    assert "## On a GPU: NVIDIA X1" in page and "| One picture, diffusers | 0.50 (0.50 … 0.50) | – |" in page
     assert (
         "| a step at 512×512, best against best | openvino bfloat16 / diffusers bfloat16 | 0.50 (0.50 … 0.50) |" in page
     )
