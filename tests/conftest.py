@@ -1,10 +1,16 @@
 """Fixtures: the checkpoints of `checkpoints.py`, written once a session."""
 
 import gc
+import signal
 
 import pytest
 
 LONG = ["test_notebooks.py", "test_export.py", "test_trainer.py", "test_stable_diffusion.py", "test_distributed.py"]
+
+
+def pytest_configure():
+    """Shells start what runs in the background with ^C ignored, which the processes of tests would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
