@@ -21,7 +21,7 @@ from benchmarks.full_size import FOLDER, write_apart
 from benchmarks.paired import in_turn, load, markdown, measure, process, ratios, save, spread, timed
 from keras_sd import StableDiffusion
 from keras_sd.layers import ResnetBlock
-from keras_sd.layers.winograd import transform
+from keras_sd.layers.winograd import RowsKernel, transform
 from keras_sd.presets import locate
 
 FOLDERS = {"int8": FOLDER.with_name("full_size_int8"), "bfloat16": FOLDER}
@@ -42,8 +42,8 @@ def quality(count=20):
             "winograd": StableDiffusion.from_preset("emoji", dtype="bfloat16"),
         }
         for block in models["winograd"].diffusion_model._flatten_layers():
-            if isinstance(block, ResnetBlock):  # of both its levels: none is between
-                transform(block.conv1), transform(block.conv2)
+            if isinstance(block, ResnetBlock):  # of both its levels, which are too few
+                transform(block.conv1, RowsKernel), transform(block.conv2, RowsKernel)
         scores, images = {}, {}
         for name, sd in models.items():
             (scores[name], _), images[name] = score(sd, captions, pairs)

@@ -47,7 +47,7 @@ def build_parser():
         "--winograd",
         action="store_true",
         default=None,
-        help="the U-Net faster on servers without AMX, and a fifth larger; see keras_sd.layers.winograd",
+        help="the U-Net faster on servers without AMX, and a quarter larger; see keras_sd.layers.winograd",
     )
     group("--warmup", type=int, nargs="+", metavar="BATCH", help="batch sizes of the warm-up requests (default: 1)")
     group("--serving-root", help="where the server sees OUT, e.g. /models, for models.config (default: its own path)")

@@ -55,29 +55,42 @@ class Conv3x3(keras.layers.Conv2D):
         return tf.reshape(product(rows, kernel, self.bias), (-1, height, width, self.filters))
 
     def _doubled(self, x):
-        """The four pixels that one becomes see 2×2 pixels of x each, by sums of the kernel's rows and columns: 4/9 of
-        the multiplications, and the doubled picture is never made.
+        """The convolution of the picture that has each pixel of x four times, which is never made, with a quarter of
+        the multiplications.
 
-        Reference: Aitken et al. (2017), Checkerboard artifact free sub-pixel convolution, arXiv 1707.02937, section 3.
+        Of the two pixels that x₁ between x₀ and x₂ becomes, kernel (a, b, c), one is a x₀ + (b + c) x₁, the other
+        (a + b) x₁ + c x₂: with s = a + b + c a (x₀ - x₁) + s x₁ and s x₁ - c (x₁ - x₂), three products instead of six.
+        Along both sides nine instead of 36, with a kernel as large as it was.
         """
         _, height, width, _ = ops.shape(x)
         x, kernel = after(x, ops.convert_to_tensor(self.kernel))  # whose sums take memory
+        kernel = ops.reshape(
+            ops.matmul(ops.cast(SUMS, kernel.dtype), ops.reshape(kernel, (9, -1))), (9, 1, 1, *kernel.shape[2:])
+        )
         padded = ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        rows = []
-        for i in range(2):
-            of_row = _of_pixel(kernel, i, axis=0)
-            pixels = [
-                ops.conv(padded[:, i : i + height + 1, j : j + width + 1], _of_pixel(of_row, j, axis=1))
-                for j in range(2)
-            ]
-            pixels = [ops.add(one, self.bias) for one in pixels]
-            rows.append(ops.reshape(ops.concatenate(pixels, axis=-1), (-1, height, 2 * width * self.filters)))
-            rows[-1], kernel = after(rows[-1], kernel)  # the first row's are given up before there are others
+
+        def products(i, row):
+            return [ops.conv(one, kernel[3 * i + j]) for j, one in enumerate(_differences(row, axis=2))]
+
+        def summed(first, second):
+            pixels = [first[j] + first[j + 1] + second[j] + second[j + 1] for j in range(2)]
+            return ops.reshape(ops.concatenate(pixels, axis=-1), (-1, height, 2 * width * self.filters))
+
+        above, at, below = _differences(padded, axis=1)
+        at = products(1, at)
+        at[1] = ops.add(at[1], self.bias)  # every pixel is a sum with this one
+        first, below = after(summed(products(0, above), at), below)  # whose products take the memory of those above
+        rows = first, summed(at, products(2, below))
         return ops.reshape(ops.concatenate(rows, axis=-1), (-1, 2 * height, 2 * width, self.filters))
 
 
-def _of_pixel(kernel, i, axis):
-    """Of a kernel of three rows (axis 0) or columns (1), that of two which computes the first (i = 0) or the second of
-    the pixels that one becomes: two of the three see the same pixel, and are summed."""
-    first, second, third = ops.split(kernel, 3, axis=axis)
-    return ops.concatenate([first + second, third] if i else [first, second + third], axis)
+def _differences(x, axis):
+    """Of a tensor with one more position before and after an axis: each position's from the one before it, itself, and
+    the next one's from it."""
+    first, last = ((slice(None),) * axis + (one,) for one in (slice(None, -1), slice(1, None)))
+    steps = x[first] - x[last]
+    return steps[first], x[first][last], steps[last]
+
+
+SIDE = np.array([[1, 0, 0], [1, 1, 1], [0, 0, -1]], "float32")  # (a, b, c) → (a, s, -c)
+SUMS = np.kron(SIDE, SIDE)
