@@ -256,7 +256,7 @@ def test_doubling_and_convolution_in_one(dtype, size, monkeypatch):
     results = [layer(x, training=False), tf.function(lambda x: layer(x, training=False), given)(x)]
     for result in [*results, layer(x, like=expected, training=False)]:
         assert result.dtype == dtype
-        np.testing.assert_allclose(numpy(result), expected, atol=2e-5 if dtype == "float32" else 0.5)
+        np.testing.assert_allclose(numpy(result), expected, atol=5e-5 if dtype == "float32" else 0.8)
     monkeypatch.undo()  # below the last row of a picture of an odd size there is nothing
     again = numpy(layer(x, like=np.zeros((2, expected.shape[1] - 1, expected.shape[2], 1)), training=False))
     np.testing.assert_array_equal(again, cut)
