@@ -59,8 +59,9 @@ class Conv3x3(keras.layers.Conv2D):
         the multiplications.
 
         Of the two pixels that x₁ between x₀ and x₂ becomes, kernel (a, b, c), one is a x₀ + (b + c) x₁, the other
-        (a + b) x₁ + c x₂: with s = a + b + c a (x₀ - x₁) + s x₁ and s x₁ - c (x₁ - x₂), three products instead of six.
-        Along both sides nine instead of 36, with a kernel as large as it was.
+        (a + b) x₁ + c x₂: with s = a + b + c s x₁ - a (x₁ - x₀) and s x₁ - c (x₁ - x₂), three products instead of six.
+        Along both sides nine instead of 36, with a kernel as large as it was. Of sums TensorFlow would make `AddN`s,
+        which begin with whichever buffer is free: differences are the same in every call.
         """
         _, height, width, _ = ops.shape(x)
         x, kernel = after(x, ops.convert_to_tensor(self.kernel))  # whose sums take memory
@@ -69,28 +70,23 @@ class Conv3x3(keras.layers.Conv2D):
         )
         padded = ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
-        def products(i, row):
-            return [ops.conv(one, kernel[3 * i + j]) for j, one in enumerate(_differences(row, axis=2))]
-
-        def summed(first, second):
-            pixels = [first[j] + first[j + 1] + second[j] + second[j + 1] for j in range(2)]
-            return ops.reshape(ops.concatenate(pixels, axis=-1), (-1, height, 2 * width * self.filters))
+        def pixels(i, row, bias=0):
+            before, at, behind = (ops.conv(one, kernel[3 * i + j]) for j, one in enumerate(_differences(row, axis=2)))
+            return ops.concatenate([at + bias - before, at + bias - behind], axis=-1)
 
         above, at, below = _differences(padded, axis=1)
-        at = products(1, at)
-        at[1] = ops.add(at[1], self.bias)  # every pixel is a sum with this one
-        first, below = after(summed(products(0, above), at), below)  # whose products take the memory of those above
-        rows = first, summed(at, products(2, below))
+        at = pixels(1, at, ops.convert_to_tensor(self.bias))
+        first, below = after(at - pixels(0, above), below)  # whose products take the memory of those above
+        rows = [ops.reshape(row, (-1, height, 2 * width * self.filters)) for row in (first, at - pixels(2, below))]
         return ops.reshape(ops.concatenate(rows, axis=-1), (-1, 2 * height, 2 * width, self.filters))
 
 
 def _differences(x, axis):
-    """Of a tensor with one more position before and after an axis: each position's from the one before it, itself, and
-    the next one's from it."""
-    first, last = ((slice(None),) * axis + (one,) for one in (slice(None, -1), slice(1, None)))
-    steps = x[first] - x[last]
-    return steps[first], x[first][last], steps[last]
+    """Of a tensor with one more position before and after an axis: each position less the one before it, itself, and
+    less the next one."""
+    before, at, behind = (x[(slice(None),) * axis + (one,)] for one in (slice(None, -2), slice(1, -1), slice(2, None)))
+    return at - before, at, at - behind
 
 
-SIDE = np.array([[1, 0, 0], [1, 1, 1], [0, 0, -1]], "float32")  # (a, b, c) → (a, s, -c)
+SIDE = np.array([[1, 0, 0], [1, 1, 1], [0, 0, 1]], "float32")  # (a, b, c) → (a, s, c)
 SUMS = np.kron(SIDE, SIDE)
