@@ -115,13 +115,13 @@ def build_parser():
 def open_model(args):
     """The `StableDiffusion` to train, with the weights of --pretrained_ckpt."""
     from keras_sd import StableDiffusion
-    from keras_sd.layers.kernel_forms import refuse_forms
+    from keras_sd.layers.int8 import refuse_int8
     from keras_sd.presets import locate
     from keras_sd.training.textual_inversion import start_token
     from keras_sd.weights.keras_cv import assign_keras_cv
 
     sd = StableDiffusion.from_preset(locate(args.preset), dtype=args.precision)
-    refuse_forms(sd.diffusion_model, "Training")  # before hours of encoding
+    refuse_int8(sd.diffusion_model, "Training")  # before hours of encoding
     if args.pretrained_ckpt is not None:
         path = pathlib.Path(args.pretrained_ckpt)
         if path.suffix == ".h5":

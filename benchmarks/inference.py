@@ -36,13 +36,13 @@ TITLES = {
 # === Runners ===
 
 
-def keras_sd(case, steps, backend, dtype, **options):
-    """This library, with options of `StableDiffusion`."""
+def keras_sd(case, steps, backend, dtype):
+    """This library."""
     os.environ["KERAS_BACKEND"] = backend
     from keras_sd import StableDiffusion
 
     batch_size, side, preset, _ = CASES[case]
-    sd = StableDiffusion.from_preset(preset, dtype=dtype, **options)
+    sd = StableDiffusion.from_preset(preset, dtype=dtype)
     options = {"num_steps": steps, "unconditional_guidance_scale": GUIDANCE, "sampler": "ddim", "seed": 0}
     options |= {"batch_size": batch_size, "height": side, "width": side, "progress": False}
     return timed(lambda tick: sd.text_to_image(PROMPT, callback=tick, **options))
@@ -127,7 +127,6 @@ def _from_numpy(predict, inputs):
 
 OURS = {
     "tensorflow_bfloat16": functools.partial(keras_sd, backend="tensorflow", dtype="bfloat16"),
-    "tensorflow_bfloat16_winograd": functools.partial(keras_sd, backend="tensorflow", dtype="bfloat16", winograd=True),
     "openvino_bfloat16": functools.partial(keras_sd, backend="openvino", dtype="bfloat16"),
     "tensorflow_float32": functools.partial(keras_sd, backend="tensorflow", dtype="float32"),
     "openvino_float32": functools.partial(keras_sd, backend="openvino", dtype="float32"),
@@ -146,11 +145,6 @@ KERAS_CV = {  # widths of SD v1 alone
     "keras_cv_openvino": functools.partial(keras_cv, dtype="float32", backend="openvino"),
 }
 RUNNERS = {**OURS, **DIFFUSERS, **KERAS_CV}
-
-
-def ours(case):
-    """The configurations of ours that can draw a case."""
-    return [name for name in OURS if case != "emoji" or "winograd" not in name]  # which takes three levels
 
 
 def peers(case):
@@ -177,7 +171,6 @@ def main():
         return print(json.dumps(RUNNERS[args.run](args.case[0], args.steps or CASES[args.case[0]][3])))
     write_apart()
     for case in args.case:
-        mine = [name for name in args.ours if name in ours(case)]
         theirs = [name for name in args.theirs or peers(case) if name in peers(case)]
         steps = args.steps or CASES[case][3]
 
@@ -185,10 +178,10 @@ def main():
             return measure("benchmarks.inference", "--run", name, "--case", case, "--steps", steps)
 
         kept = case if steps == CASES[case][3] else f"{case}, {steps} steps"
-        rounds = in_turn("inference", kept, alternated(mine, theirs), args.rounds, run, args.fresh)
-        for one, other in itertools.product(mine, theirs):
-            if values := ratios(rounds, one, other, "seconds"):
-                print(f"{TITLES[case]}, a step, {one} / {other}: {spread(values)}", flush=True)
+        rounds = in_turn("inference", kept, alternated(args.ours, theirs), args.rounds, run, args.fresh)
+        for mine, other in itertools.product(args.ours, theirs):
+            if values := ratios(rounds, mine, other, "seconds"):
+                print(f"{TITLES[case]}, a step, {mine} / {other}: {spread(values)}", flush=True)
 
 
 if __name__ == "__main__":

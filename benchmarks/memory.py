@@ -71,7 +71,6 @@ PICTURES = {  # name: what is drawn with, how
     "picture": ("TensorFlow", lambda: command("tensorflow")),
     "picture_python": ("TensorFlow, from Python", lambda: picture("tensorflow")),
     "two_passes": ("TensorFlow, `two_pass_guidance=True`", lambda: command("tensorflow", "--two-pass-guidance")),
-    "winograd": ("TensorFlow, `winograd=True`", lambda: command("tensorflow", "--winograd")),
     "low_memory": ("TensorFlow, `low_memory=True`", lambda: command("tensorflow", "--low-memory")),
     "openvino": ("OpenVINO", lambda: command("openvino")),
     "openvino_python": ("OpenVINO, from Python", lambda: picture("openvino")),

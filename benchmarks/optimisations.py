@@ -28,20 +28,15 @@ def put(module, name, value):
 # === What is timed ===
 
 
-def step(preset, steps, **options):
-    """Seconds of single denoising steps at the preset's size, with guidance and options of `StableDiffusion`."""
+def step(preset, steps):
+    """Seconds of single denoising steps at the preset's size, with guidance."""
     from keras_sd import StableDiffusion
 
-    sd = StableDiffusion.from_preset(preset, dtype="bfloat16", **options)
+    sd = StableDiffusion.from_preset(preset, dtype="bfloat16")
     ticks = []
     sd.text_to_image("a", num_steps=steps + 2, seed=0, progress=False, callback=lambda *_: ticks.append(clock()))
     seconds = [later - earlier for earlier, later in zip(ticks, ticks[1:])]
     return seconds[1:]  # the second step's may wait for what the first one left
-
-
-def step_winograd(preset, steps):
-    """The same with `winograd=True`."""
-    return step(preset, steps, winograd=True)
 
 
 def loading(preset, steps):
@@ -190,14 +185,13 @@ def gelu_apart():
 
 
 def all_convolutions():
-    from keras_sd.layers.conv import Conv3x3
+    import keras
 
-    call = Conv3x3.call
-    put("keras_sd.layers.conv", "Conv3x3.call", lambda self, x, doubled=False: call(self, x, doubled=doubled))
+    put("keras_sd.layers.conv", "Conv3x3._product", lambda self, x, *size: keras.layers.Conv2D.call(self, x))
 
 
 def plain_kernels():
-    put("keras_sd.models.diffusion_model", "DiffusionModel.use_winograd", lambda self: None)
+    put("keras_sd.layers.winograd", "faster", lambda *_: None)
 
 
 def read_in_order():
@@ -265,7 +259,7 @@ OPTIMISATIONS = {  # name: what it is, backend, what is timed, how to do without
     "gelu": ("GELU in the product before it, instead of apart in float32", "tensorflow", step, gelu_apart),
     "products": ("3×3 convolutions at few positions as products", "tensorflow", step, all_convolutions),
     "rows": ("products of many positions as 1×1 convolutions", "tensorflow", step, plain_products),
-    "winograd": ("`winograd=True`", "tensorflow", step_winograd, plain_kernels),
+    "winograd": ("3×3 convolutions of many channels by fewer products", "tensorflow", step, plain_kernels),
     "reading": ("weights read by two threads, instead of one", "tensorflow", loading, one_reader),
     "largest": ("the largest weights read first, instead of in order", "tensorflow", command, read_in_order),
     "norms": ("group normalization by batch normalization's kernels", "tensorflow", step, plain_norms),

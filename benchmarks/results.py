@@ -58,14 +58,13 @@ def in_short():
         ("a step at 512×512, best against best", rounds, ours, diffusers, "seconds"),
         ("the same, our TensorFlow in bfloat16", rounds, "tensorflow_bfloat16", diffusers, "seconds"),
         ("the same, against KerasCV's best on TensorFlow", rounds, "tensorflow_bfloat16", keras_cv, "seconds"),
-        ("the same, with `winograd=True`", rounds, "tensorflow_bfloat16_winograd", keras_cv, "seconds"),
-        ("a step, float32", rounds, "tensorflow_float32", "diffusers_float32", "seconds"),
+        ("the same, float32", rounds, "tensorflow_float32", "diffusers_float32", "seconds"),
         ("a step on OpenVINO, of KerasCV's network there", rounds, "openvino_bfloat16", "keras_cv_openvino", "seconds"),
         ("from command to first picture of 4 steps", first, "keras_sd", "diffusers", "seconds"),
         ("the same, on OpenVINO", first, "keras_sd_openvino", "diffusers", "seconds"),
         *(
             (f"peak memory of a picture, {memory.PICTURES[mine][0]}", peak, mine, other, "peak_memory")
-            for mine in ("picture", "winograd", "openvino", "low_memory")
+            for mine in ("picture", "openvino", "low_memory")
             for other in memory.PEERS
         ),
     ]

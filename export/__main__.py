@@ -9,7 +9,7 @@ from keras_sd.__main__ import with_suffix
 # Stated here too, since help should not wait for TensorFlow; a test compares them with export.signatures.MODELS.
 NAMES = ("text_encoder", "diffusion_model", "decoder", "image_encoder", "stable_diffusion", "denoiser")
 FORMATS = ("saved_model", "litert", "openvino", "onnx")
-SAVED_MODEL_ONLY = ("only", "version", "xla", "warmup", "serving_root", "winograd")
+SAVED_MODEL_ONLY = ("only", "version", "xla", "warmup", "serving_root")
 
 
 def build_parser():
@@ -43,12 +43,6 @@ def build_parser():
         default=None,
         help="compile with XLA; TF-Serving then needs --xla_cpu_compilation_enabled",
     )
-    group(
-        "--winograd",
-        action="store_true",
-        default=None,
-        help="the U-Net faster on servers without AMX, and a quarter larger; see keras_sd.layers.winograd",
-    )
     group("--warmup", type=int, nargs="+", metavar="BATCH", help="batch sizes of the warm-up requests (default: 1)")
     group("--serving-root", help="where the server sees OUT, e.g. /models, for models.config (default: its own path)")
     group = parser.add_argument_group("LiteRT").add_argument
@@ -79,8 +73,6 @@ def main(arguments=None):
             sd.load_textual_inversion(path, token)
         for path, scale in options.lora:
             sd.load_lora(path, 1.0 if scale is None else scale, name=path)
-        if given.pop("winograd", False):
-            sd.diffusion_model.use_winograd()
         sides = (("height", options.height), ("width", options.width))
         size = [None if side == "dynamic" else side or sd.image_size[i] for i, (_, side) in enumerate(sides)]
         if options.format == "saved_model":

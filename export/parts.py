@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sd.layers.kernel_forms import refuse_forms
+from keras_sd.layers.int8 import refuse_int8
 from keras_sd.noise import initial_noise
 from keras_sd.noise_scheduler import NoiseScheduler
 from keras_sd.samplers import COLUMNS, HISTORY, make_table
@@ -100,7 +100,7 @@ def parts(sd, height, width, batch_size=1):
         policies = {layer.dtype_policy.name for layer in model.layers if layer.weights} - {"float32"}
         if policies:
             raise ValueError(f"dtype of the {model.name} is {', '.join(policies)}; this format starts from float32.")
-        refuse_forms(model, "This format")
+        refuse_int8(model, "This format")
     shape = sd.latent_shape(height, width)
     length, width = (sd.text_encoder.arguments[key] for key in ("max_position_embeddings", "hidden_size"))
     extra = sd.diffusion_model.arguments["in_channels"] - shape[-1]

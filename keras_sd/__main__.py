@@ -125,11 +125,6 @@ def build_parser():
         help="the same: part of the tokens that attention merges, 0 … 0.75",
     )
     draw.add_argument(
-        "--winograd",
-        action="store_true",
-        help="faster on processors without AMX, for memory: kernels become larger",
-    )
-    draw.add_argument(
         "--safety-checker", action="store_const", const=True, help="black out what the preset's safety checker flags"
     )
     draw.add_argument(
@@ -730,7 +725,6 @@ def open_model(source, args):
         "vae_tiling",
         "cache_interval",
         "token_merging",
-        "winograd",
     )
     savings = {name: getattr(args, name) for name in names if getattr(args, name, None)}
     other = {} if args.vae is None else {"vae": args.vae}

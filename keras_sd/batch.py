@@ -83,7 +83,7 @@ def draw_batch(rows, folder, preset="emoji", *, model=None, workers=1, batch_siz
         rows: list of dicts as `read_prompts` gives them.
         folder: where to; on a cluster, where all workers reach it. Row i becomes `00000i.png`.
         preset: preset, path or hf://owner/name, which every worker opens.
-        model: dict, options of `StableDiffusion`: `dtype`, `winograd`, `cache_interval` …
+        model: dict, options of `StableDiffusion`: `dtype`, `cache_interval`, `token_merging` …
         workers: how many.
         batch_size: pictures that a worker draws at once.
         gpus: of each worker.
@@ -131,7 +131,6 @@ def main(arguments=None):
     parser.add_argument("--out", required=True, help="folder of the pictures")
     parser.add_argument("--preset", default="emoji", help="preset, path or hf://owner/name (default emoji)")
     parser.add_argument("--dtype", choices=FLOATS, help="dtype of the models")
-    parser.add_argument("--winograd", action="store_true", help="faster on processors without AMX, for memory")
     parser.add_argument("--workers", type=int, default=1, help="how many, each with the model (default 1)")
     parser.add_argument("--gpus", type=float, default=0, help="of each worker (default 0)")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures that one draws at once (default 4)")
@@ -144,7 +143,7 @@ def main(arguments=None):
             read_prompts(args.prompts),
             args.out,
             args.preset,
-            model={"dtype": args.dtype, "winograd": args.winograd},
+            model={"dtype": args.dtype},
             workers=args.workers,
             batch_size=args.batch_size,
             gpus=args.gpus,

@@ -41,8 +41,7 @@ class Checkpoint:
 
     Attributes:
         tokenizer: () → `CLIPTokenizer`.
-        text_encoder, diffusion_model, image_encoder, decoder: (dtype policy) → model with its weights; the
-            U-Net's takes `winograd`, see `DiffusionModel.use_winograd`.
+        text_encoder, diffusion_model, image_encoder, decoder: (dtype policy) → model with its weights.
         scheduler: () → scheduler config, a dict in the fields of diffusers.
         image_size: (levels of the autoencoder, by default its own) → default (height, width) in pixels.
         arguments: ("diffusion_model" or "decoder") → the arguments of that model, a dict, without reading its weights;
@@ -95,11 +94,11 @@ def open_diffusers_folder(path):
     is_upscaler = (path / "low_res_scheduler").is_dir()
 
     def part(component, build):
-        def read(dtype=None, **options):
+        def read(dtype=None):
             config, arrays = folder_format.read_component(path, component)
             if component == "vae" and is_upscaler:  # diffusers sets it, too: the published file does not have it
                 config = {**config, "scaling_factor": 0.08333}
-            return build(config, arrays, str(path / component), dtype, **options)
+            return build(config, arrays, str(path / component), dtype)
 
         return read
 
@@ -147,9 +146,9 @@ def open_single_file(path, tokenizer=None):
         raise ValueError(f"{str(path)!r} holds no {component}.")
 
     def part(component, build):
-        def build_part(dtype=None, **options):
+        def build_part(dtype=None):
             config, arrays = read()
-            return build(config[component], arrays.get(component) or missing(component), str(path), dtype, **options)
+            return build(config[component], arrays.get(component) or missing(component), str(path), dtype)
 
         return build_part
 
@@ -223,7 +222,7 @@ def open_keras_cv_folder(path, tokenizer=None):
         return found
 
     def part(name):
-        return lambda dtype=None, **options: build_from_keras_cv(file(name), dtype, **options)
+        return lambda dtype=None: build_from_keras_cv(file(name), dtype)
 
     def further(field, default):
         return read_metadata(file("diffusion_model")).get(field, default)

@@ -13,7 +13,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_sd.layers.kernel_forms import refuse_forms
+from keras_sd.layers.int8 import refuse_int8
 from keras_sd.models.network import forget_traces
 from keras_sd.weights.assign import from_torch_layout, kernel_layers, to_torch_layout
 from keras_sd.weights.lora import delta, module_table, read_lora
@@ -52,7 +52,7 @@ def add_lora(model, rank=8, alpha=None, targets=("attention",), seed=0):
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1; got {rank!r}.")
-    refuse_forms(model, "add_lora")
+    refuse_int8(model, "add_lora")
     if lora_layers(model):
         raise ValueError(f"The {model.name} has LoRA factors already; fuse or remove them first.")
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
@@ -151,7 +151,7 @@ class Adapters:
         if name in self.scales:
             raise ValueError(f"A LoRA {name!r} is loaded already; unload it, change its scale, or give another name.")
         _check_scale(scale)
-        refuse_forms(self.models["unet"](), "load_lora")
+        refuse_int8(self.models["unet"](), "load_lora")
         kernels = {component: self._kernels(component) for component in self.models}
         shapes = {c: {layer: _torch_shape(kernel) for layer, kernel in k.items()} for c, k in kernels.items()}
         arguments = self.models["unet"]().arguments

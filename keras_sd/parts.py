@@ -40,7 +40,6 @@ class Parts:
         safety_checker=None,
         cache_interval=1,
         token_merging=0.0,
-        winograd=False,
     ):
         self.preset, self.dtype, self.jit_compile = preset, dtype, jit_compile
         self.two_pass_guidance = two_pass_guidance
@@ -51,12 +50,6 @@ class Parts:
         self.keeps_models = not low_memory  # whether one stays when the next is read
         self.cache_interval = check_integer("cache_interval", cache_interval, 1)
         self.token_merging = check_ratio("token_merging", token_merging)
-        if winograd and (low_memory or keras.backend.backend() != "tensorflow"):
-            raise ValueError(
-                f"winograd=True is for the TensorFlow backend without low_memory, as it trades memory for speed; got "
-                f"{keras.backend.backend()}, low_memory={low_memory}."
-            )
-        self.winograd = winograd
         self._replaceable = {}  # name → model that was read from files and can be again
         self._reading = {}  # name → future of a model that `read_ahead` reads
         self._tokenizer_source, self._vae_source, self._safety_checker_source = tokenizer, vae, safety_checker
@@ -197,14 +190,9 @@ class Parts:
             in_file = "diffusion_model" if self.low_memory else None if self.keeps_models else "text_encoder"
             # XLA cannot read a file
             with streamed() if name == in_file and not self.jit_compile else nullcontext():
-                model = (read or self._reader(name))(self.dtype)
+                model = (read or getattr(self.checkpoint, name))(self.dtype)
         self._replaceable[name] = self._compiled(model)
         return model
-
-    def _reader(self, name):
-        """Function of the dtype that reads a model from the checkpoint."""
-        read = getattr(self.checkpoint, name)
-        return functools.partial(read, winograd=True) if self.winograd and name == "diffusion_model" else read
 
     def read_ahead(self, *names, keep=True):
         """Starts to read models, one after the other, in a thread, which does not know the caller's scopes: not a
@@ -220,7 +208,7 @@ class Parts:
         thread = ThreadPoolExecutor(1)
         for name in names:
             if name not in vars(self) and name not in self._reading and not self.low_memory:
-                self._reading[name] = thread.submit(self._reader(name), self.dtype)
+                self._reading[name] = thread.submit(getattr(self.checkpoint, name), self.dtype)
         thread.shutdown(wait=False)
 
     def keep(self, *names):
@@ -245,9 +233,6 @@ class Parts:
             folder: where to; each file appears under its name when it is complete, `model_index.json` last.
             dtype: NumPy dtype of the weights, e.g. "float16"; by default that of the models. "int8" is the U-Net's, the
                 others then keep theirs, and diffusers does not open it; see `keras_sd.weights.int8`.
-
-        Raises:
-            ValueError: the U-Net's kernels are transformed (`winograd=True`).
         """
         from keras_sd.weights.diffusers_folder import write_folder
 

@@ -54,9 +54,6 @@ class StableDiffusion(Parts):
             layers gave in the rows between; not with ControlNets. The attribute may be changed between calls.
         token_merging: faster for large pictures, not exact: the part of the tokens, 0 … 0.75, that self-attention at
             the highest resolution merges. The attribute may be changed between calls.
-        winograd: faster on processors without matrix units (AMX), for memory: the U-Net's weights are a quarter
-            larger, transformed as they are read, see `keras_sd.layers.winograd`. It then only draws: it is not
-            trained, saved or given LoRAs. On TensorFlow, without `low_memory`.
 
     Example:
 

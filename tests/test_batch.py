@@ -43,10 +43,10 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     drawn = {}
     monkeypatch.setattr(batch, "draw_batch", lambda *args, **options: drawn.update(options, args=args) or [])
     (tmp_path / "a.txt").write_text("a pear")
-    words = f"{tmp_path / 'a.txt'} --out {tmp_path} --preset x --dtype bfloat16 --winograd --workers 2 --steps 3"
+    words = f"{tmp_path / 'a.txt'} --out {tmp_path} --preset x --dtype bfloat16 --workers 2 --steps 3"
     assert batch.main(words.split()) == 0 and "0 pictures in" in capsys.readouterr().out
     assert drawn["args"][1:] == (str(tmp_path), "x") and drawn["args"][0][0]["prompt"] == "a pear"
-    assert drawn["model"] == {"dtype": "bfloat16", "winograd": True}
+    assert drawn["model"] == {"dtype": "bfloat16"}
     assert (drawn["workers"], drawn["num_steps"]) == (2, 3)
 
 

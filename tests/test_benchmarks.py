@@ -95,7 +95,7 @@ def test_the_report_shows_what_was_measured(folder, monkeypatch):
     assert (
         "| a step at 512×512, best against best | openvino bfloat16 / diffusers bfloat16 | 0.50 (0.50 … 0.50) |" in page
     )
-    assert "| a step, float32 | tensorflow float32 / diffusers float32 | 0.80 (0.80 … 0.80) |" in page
+    assert "| the same, float32 | tensorflow float32 / diffusers float32 | 0.80 (0.80 … 0.80) |" in page
     assert "diffusers bfloat16 compiled did not run: no g++" in page
     assert "| step | 0.50 (0.50 … 0.50) | 0.50 (0.50 … 0.50) |" in page
     assert "| `ddim` | 3.2, 95% | 100% | – | – | – | – |" in page

@@ -142,7 +142,6 @@ VALUES = {
     "--vae-tiling": None,
     "--cache-interval": "2",
     "--token-merging": "0.5",
-    "--winograd": None,
     "--strength": "0.25",
     "--hires": "1.5",
     "--hires-strength": "0.5",

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 from keras_sd import ControlNet, DiffusionModel, StableDiffusion
 from keras_sd.__main__ import main
 from keras_sd.convert import write_checkpoint
-from keras_sd.layers.int8 import Int8Kernel, quantize_kernel
-from keras_sd.layers.kernel_forms import layers_of
+from keras_sd.layers.int8 import Int8Kernel, has_int8, quantize_kernel
 from keras_sd.training.trainer import DiffusionTrainer
 from keras_sd.weights.assign import kernel_layers, to_state_dict, without_values
 from keras_sd.weights.int8 import FLOAT, float_state_dict, int8_state_dict, quantize
@@ -102,7 +101,7 @@ def test_outputs_are_near_the_float_models(name, dtype, bound, request, tmp_path
     sd = StableDiffusion.from_preset(request.getfixturevalue(name), dtype="float32")
     sd.save_preset(tmp_path, np.int8)
     model = StableDiffusion.from_preset(tmp_path, dtype=dtype).diffusion_model
-    assert not layers_of(sd.diffusion_model)
+    assert not has_int8(sd.diffusion_model)
     assert relative(predict(model), predict(sd.diffusion_model)) < bound
     layers = [layer for layer in kernel_layers(model).values() if isinstance(layer, Int8Kernel)]
     assert layers and all(layer._kernel.dtype == "int8" and layer.compute_dtype == dtype for layer in layers)
@@ -139,7 +138,7 @@ def test_the_way_back_to_floats(sd, folder, tmp_path):
     assert state.keys() == arrays.keys()
     for path in ("float", "one.safetensors"):
         model = StableDiffusion.from_preset(tmp_path / path, tokenizer=folder / "tokenizer").diffusion_model
-        assert not layers_of(model)
+        assert not has_int8(model)
         assert relative(predict(model), predict(sd.diffusion_model)) < 1e-5
     # floats of the same scales are narrowed to the same numbers
     again = int8_state_dict(model)
@@ -186,20 +185,15 @@ def test_files_that_do_not_fit(folder, tmp_path, change, message):
         StableDiffusion.from_preset(tmp_path).diffusion_model  # noqa: B018
 
 
-def needing_kernels(sd, folder):
-    """What starts from kernels as files have them."""
-    return [
-        lambda: DiffusionTrainer(sd.diffusion_model, sd.scheduler[0]),
-        lambda: ControlNet.from_diffusion_model(sd.diffusion_model),
-        lambda: sd.add_lora(),
-        lambda: sd.load_lora(folder / "any.safetensors"),
-        lambda: write_keras_cv(sd.diffusion_model, folder / "kcv_diffusion_model.h5"),
-    ]
-
-
 def test_what_needs_floats_says_so(sd, tiny, folder, tmp_path, capsys):
     unet = sd.diffusion_model
-    for needs in needing_kernels(sd, tmp_path):
+    for needs in (
+        lambda: DiffusionTrainer(unet, sd.scheduler[0]),
+        lambda: ControlNet.from_diffusion_model(unet),
+        lambda: sd.add_lora(),
+        lambda: sd.load_lora(tmp_path / "any.safetensors"),
+        lambda: write_keras_cv(unet, tmp_path / "kcv_diffusion_model.h5"),
+    ):
         with pytest.raises(ValueError, match="needs float weights; those of the diffusion_model are int8"):
             needs()
     with pytest.raises(ValueError, match="no place for the int8 kernel"):
@@ -212,7 +206,7 @@ def test_what_needs_floats_says_so(sd, tiny, folder, tmp_path, capsys):
         other.quantize()
     other.unload_lora()
     other.quantize()
-    assert layers_of(other.diffusion_model)
+    assert has_int8(other.diffusion_model)
 
 
 def test_quantize_leaves_nothing_trainable_behind(sd):

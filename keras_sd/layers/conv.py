@@ -4,14 +4,15 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sd.layers import winograd
 from keras_sd.layers.backend_fixes import after
 from keras_sd.layers.dense import product
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
 class Conv3x3(keras.layers.Conv2D):
-    """`keras.layers.Conv2D`, 3×3 and padded by default, which TensorFlow computes as one product in predictions where
-    positions are few and the kernel is large.
+    """`keras.layers.Conv2D`, 3×3 and padded by default, which TensorFlow computes in other ways in predictions: by
+    `keras_sd.layers.winograd` where that is faster, and as one product where positions are few and the kernel is large.
 
     oneDNN packs the kernel of a convolution anew in every call, into memory that the system clears for it: with 2560
     channels at 8×8 positions that took several times as long as the product. Training would keep the nine copies of
@@ -35,11 +36,14 @@ class Conv3x3(keras.layers.Conv2D):
     def call(self, x, training=None, doubled=False):
         if doubled:
             return self._doubled(x)
-        _, height, width, _ = self.compute_output_shape(x.shape)
-        small = None not in (height, width) and 4 * height * width <= self.filters
-        if training is not False or not small or keras.backend.backend() != "tensorflow":
+        if training is not False or keras.backend.backend() != "tensorflow":
             return super().call(x)
-        return self._product(x, height, width)
+        batch, height, width, _ = self.compute_output_shape(x.shape)
+        whole = self.strides == (1, 1) and self.padding == "same"
+        if by := whole and winograd.faster((batch, height, width), (x.shape[-1], self.filters), self.compute_dtype):
+            return by(x, ops.convert_to_tensor(self.kernel), ops.convert_to_tensor(self.bias))
+        few = None not in (height, width) and 4 * height * width <= self.filters
+        return self._product(x, height, width) if few else super().call(x)
 
     def _product(self, x, height, width):
         import tensorflow as tf

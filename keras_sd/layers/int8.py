@@ -8,12 +8,13 @@ Reference: Jacob et al. (2018), Quantization and Training of Neural Networks for
 Inference, arXiv 1712.05877, section 2.1, with a zero point of 0.
 """
 
+import functools
+
 import ml_dtypes
 import numpy as np
 from keras import ops
 
 from keras_sd.layers.backend_fixes import after
-from keras_sd.layers.kernel_forms import KernelForm, change_kernel
 
 
 def quantize_kernel(kernel):
@@ -33,11 +34,9 @@ def quantize_kernel(kernel):
     return np.clip(np.rint(kernel / scale), -127, 127).astype("int8"), scale
 
 
-class Int8Kernel(KernelForm):
+class Int8Kernel:
     """What a Dense or Conv2D layer becomes when its kernel is int8."""
 
-    form, file = "int8", "save_preset()"
-    way_back = "`python -m keras_sd convert PRESET FOLDER --dtype float32` makes floats of them."
     _ready = None  # the int8 kernel, while the layer runs
 
     @property
@@ -52,8 +51,42 @@ class Int8Kernel(KernelForm):
         finally:
             self._ready = None
 
+    def save_own_variables(self, store):
+        raise ValueError(f"Keras' files have no place for the int8 kernel of {self.path}: save_preset() has.")
+
+
+@functools.cache
+def _int8_class(cls):
+    return type(f"Int8{cls.__name__}", (Int8Kernel, cls), {})
+
 
 def narrow(layer):
     """Gives a built layer an int8 kernel and its scale, yet without their values."""
-    shape = layer._kernel.shape
-    change_kernel(layer, Int8Kernel, kernel=(shape, "int8"), kernel_scale=(shape[-1:], "float32"))
+    kernel = layer._kernel
+    layer._tracker.unlock()
+    layer._untrack_variable(kernel)
+    layer.__class__ = _int8_class(type(layer))
+    layer._kernel, layer.kernel_scale = variables = [
+        layer.add_weight(name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False)
+        for name, shape, dtype in (
+            ("kernel", kernel.shape, "int8"),
+            ("kernel_scale", kernel.shape[-1:], "float32"),
+        )
+    ]
+    layer._tracker.lock()
+    for variable in variables:
+        variable._path = f"{kernel.path.rpartition('/')[0]}/{variable.name}"
+
+
+def has_int8(model):
+    """Whether kernels of a model are int8."""
+    return any(isinstance(layer, Int8Kernel) for layer in model._flatten_layers())
+
+
+def refuse_int8(model, what):
+    """Raises where a model's kernels are int8, for what cannot be done with them."""
+    if has_int8(model):
+        raise ValueError(
+            f"{what} needs float weights; those of the {model.name} are int8. "
+            "`python -m keras_sd convert PRESET FOLDER --dtype float32` makes floats of them."
+        )

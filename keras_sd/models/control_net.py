@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_sd.layers.backend_fixes import silu
-from keras_sd.layers.kernel_forms import refuse_forms
+from keras_sd.layers.int8 import refuse_int8
 from keras_sd.models.diffusion_model import DiffusionModel, embed_time, layer_makers, per_level, way_down
 from keras_sd.models.network import Network
 
@@ -123,7 +123,7 @@ class ControlNet(Network):
         Raises:
             ValueError: the U-Net's weights are int8.
         """
-        refuse_forms(diffusion_model, "A ControlNet to train")
+        refuse_int8(diffusion_model, "A ControlNet to train")
         known = {name: diffusion_model.arguments[name] for name in SHARED}
         net = cls(**known, **kwargs, dtype=dtype or diffusion_model.arguments["dtype"])
         weights = {variable.path: variable for variable in diffusion_model.variables}

@@ -7,11 +7,8 @@ from keras import ops
 
 from keras_sd.layers import Downsample, GroupNorm, ResnetBlock, SpatialTransformer, Upsample
 from keras_sd.layers.backend_fixes import silu
-from keras_sd.layers.int8 import Int8Kernel
-from keras_sd.layers.kernel_forms import refuse_forms
 from keras_sd.layers.repeat import Repeat
-from keras_sd.layers.winograd import RowsKernel, SquaresKernel, WinogradKernel, transform
-from keras_sd.models.network import Network, forget_traces
+from keras_sd.models.network import Network
 
 
 @keras.saving.register_keras_serializable(package="keras_sd")
@@ -173,37 +170,6 @@ class DiffusionModel(Network):
         *skips, middle = (ops.add(x, residual) for x, residual in zip([*skips, middle], residuals))
         prediction = up([*others, time, middle, *skips])
         return keras.Model({**inputs, "residuals": residuals}, prediction, name=self.name)
-
-    def use_winograd(self):
-        """Transforms kernels of 3×3 convolutions, for good, where `keras_sd.layers.winograd` is faster: in the residual
-        blocks of all levels but the last, where pixels are too few for such kernels; those of the level before it by
-        squares, the others by rows. A kernel without a value is transformed when it gets that.
-
-        Raises:
-            ValueError: kernels are int8, or have LoRA factors; or there are less than three levels.
-        """
-        refuse_forms(self, "winograd=True", Int8Kernel)
-        last = len(self.arguments["block_out_channels"]) - 1
-        if last < 2:
-            raise ValueError(f"winograd=True is for U-Nets of three levels and more; the {self.name} has {last + 1}.")
-        forms = {}
-        for level in range(last):
-            form = SquaresKernel if level == last - 1 else RowsKernel
-            forms |= {f"down_blocks.{level}.": form, f"up_blocks.{last - level}.": form}
-        blocks = [block for block in self._blocks() if isinstance(block, ResnetBlock)]
-        convs = {
-            conv: form
-            for name, form in forms.items()
-            for block in blocks
-            if block.name.startswith(name)
-            for conv in (block.conv1, block.conv2)
-        }
-        if adapted := [conv.path for conv in convs if conv.lora_enabled]:
-            raise ValueError(f"winograd=True needs layers without LoRA factors ({adapted[0]}): fuse_lora() first.")
-        for conv, form in convs.items():
-            if not isinstance(conv, WinogradKernel):
-                transform(conv, form)
-        forget_traces(self)
 
     @property
     def gradient_checkpointing(self):

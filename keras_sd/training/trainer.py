@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd.layers import timestep_embedding
-from keras_sd.layers.kernel_forms import refuse_forms
+from keras_sd.layers.int8 import refuse_int8
 from keras_sd.training import objective
 from keras_sd.training.optimizers import GuardedOptimizer
 from keras_sd.weights.streaming import settle
@@ -71,7 +71,7 @@ class DiffusionTrainer(keras.Model):
         gradient_checkpointing=False,
     ):
         super().__init__(name="diffusion_trainer")
-        refuse_forms(diffusion_model, "Training")
+        refuse_int8(diffusion_model, "Training")
         settle(diffusion_model)
         _check("offset_noise", offset_noise, offset_noise >= 0, "0 or more")
         _check("caption_dropout", caption_dropout, 0 <= caption_dropout <= 1, "from 0 to 1")

@@ -13,8 +13,6 @@ import numpy as np
 from keras import ops
 from keras.src.backend.common import global_state
 
-from keras_sd.layers.kernel_forms import refuse_forms, shape_in_files
-from keras_sd.layers.winograd import WinogradKernel
 from keras_sd.weights import streaming
 from keras_sd.weights.files import let_go
 
@@ -80,8 +78,8 @@ def assign_state_dict(model, arrays, source):
         raise ValueError(f"{source} holds {_some(unknown)}, which the {model.name} does not have.")
     values = {key: _to_keras(key, arrays[key]) for key in variables}
     for key, value in values.items():
-        if value.shape != (shape := shape_in_files(variables[key])):
-            expected = to_torch_layout(np.broadcast_to(0, shape)).shape
+        if value.shape != tuple(variables[key].shape):
+            expected = to_torch_layout(np.broadcast_to(0, variables[key].shape)).shape
             raise ValueError(f"{source}: {key} has shape {arrays[key].shape}; the {model.name} needs {expected}.")
     set_values((variables[key], value) for key, value in values.items())
 
@@ -97,7 +95,7 @@ def set_values(pairs):
     for variable, array in pairs:
         stored, order = _stored(array)
         if streaming.wanted(stored):
-            streaming.stream(variable, stored, functools.partial(_converted, variable, order=order))
+            streaming.stream(variable, stored, functools.partial(_converted, order=order, dtype=variable.dtype))
         else:
             here.append((variable, stored, order))
     here.sort(key=_bytes, reverse=True)  # what large ones leave in TensorFlow's pool has room for small ones
@@ -120,10 +118,9 @@ def _stored(array):
     return array.transpose(axes), [axes.index(axis) for axis in range(array.ndim)]
 
 
-def _converted(variable, tensor, order):
+def _converted(tensor, order, dtype):
     """A tensor of what `_stored` gave, as a variable's value: the backend transposes eight times as fast as NumPy."""
-    value = ops.cast(ops.transpose(tensor, order) if order != sorted(order) else tensor, variable.dtype)
-    return variable.from_file(value) if hasattr(variable, "from_file") else value
+    return ops.cast(ops.transpose(tensor, order) if order != sorted(order) else tensor, dtype)
 
 
 def _value(one):
@@ -133,7 +130,7 @@ def _value(one):
     else:
         # TensorFlow copies; others might share the file's memory, which cannot be written
         copy = stored if keras.backend.backend() == "tensorflow" else stored.copy()
-        value = _converted(variable, ops.convert_to_tensor(copy), order)
+        value = _converted(ops.convert_to_tensor(copy), order, variable.dtype)
     let_go(stored)
     return value
 
@@ -154,12 +151,7 @@ def _openvino_value(stored, order, dtype):
 
 
 def to_state_dict(model):
-    """dict of state-dict key → NumPy array in the layout of diffusers, in the dtype of the variables.
-
-    Raises:
-        ValueError: kernels are transformed (`keras_sd.layers.winograd`).
-    """
-    refuse_forms(model, "A file", WinogradKernel)
+    """dict of state-dict key → NumPy array in the layout of diffusers, in the dtype of the variables."""
     return {state_dict_key(v): np.ascontiguousarray(_to_state_dict(v)) for v in model.variables}
 
 

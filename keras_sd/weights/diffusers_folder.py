@@ -11,8 +11,6 @@ import shutil
 
 import numpy as np
 
-from keras_sd.layers.kernel_forms import refuse_forms
-from keras_sd.layers.winograd import WinogradKernel
 from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
 from keras_sd.weights.assign import assign_state_dict, to_state_dict, without_values
 from keras_sd.weights.files import atomic_file, read_arrays, read_json, write_json, write_safetensors
@@ -303,13 +301,11 @@ def build_text_encoder(config, arrays, source, dtype=None):
     return model
 
 
-def build_diffusion_model(config, arrays, source, dtype=None, winograd=False):
-    """A `DiffusionModel` with the given weights; `winograd` as in `DiffusionModel.use_winograd`."""
+def build_diffusion_model(config, arrays, source, dtype=None):
+    """A `DiffusionModel` with the given weights."""
     with without_values():
         model = DiffusionModel(**diffusion_model_arguments(config), dtype=dtype)
         expect_int8(model, arrays, source)
-        if winograd:
-            model.use_winograd()
     assign_state_dict(model, unet_state_dict(arrays, model.arguments["use_linear_projection"]), source)
     return model
 
@@ -377,11 +373,7 @@ def write_folder(
             `keras_sd.weights.int8`; the others then keep that of their variables.
         upscaler: of a ×4 upscaler, (config of the low-resolution picture's scheduler, largest noise level).
         companions: what is copied beside it, as `companions` gives it.
-
-    Raises:
-        ValueError: kernels are transformed (`keras_sd.layers.winograd`); nothing is written then.
     """
-    refuse_forms(diffusion_model, "A folder", WinogradKernel)
     folder = pathlib.Path(folder)
     factor = 2 ** (len(decoder.arguments["block_out_channels"]) - 1)
     side = max(image_size)

@@ -10,8 +10,6 @@ import numpy as np
 from keras import ops
 
 from keras_sd.layers.int8 import Int8Kernel, narrow, quantize_kernel
-from keras_sd.layers.kernel_forms import refuse_forms
-from keras_sd.layers.winograd import WinogradKernel
 from keras_sd.models.network import forget_traces
 from keras_sd.weights.assign import from_torch_layout, kernel_layers, set_values, to_state_dict, to_torch_layout
 
@@ -21,12 +19,7 @@ FLOAT = re.compile(r"conv_in|conv_out|time_embedding\..*")  # 0.3 % of SD v1's w
 
 
 def quantize(model):
-    """Makes the kernels of a `DiffusionModel` int8, in place, but for those at its ends (`FLOAT`).
-
-    Raises:
-        ValueError: kernels are transformed (`keras_sd.layers.winograd`).
-    """
-    refuse_forms(model, "quantize()", WinogradKernel)
+    """Makes the kernels of a `DiffusionModel` int8, in place, but for those at its ends (`FLOAT`)."""
     for name, layer in kernel_layers(model).items():
         if not FLOAT.fullmatch(name) and not isinstance(layer, Int8Kernel):
             kernel, scale = quantize_kernel(ops.convert_to_numpy(layer._kernel))

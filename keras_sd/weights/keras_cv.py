@@ -20,7 +20,7 @@ import pathlib
 import h5py
 import numpy as np
 
-from keras_sd.layers.kernel_forms import refuse_forms, shape_in_files
+from keras_sd.layers.int8 import refuse_int8
 from keras_sd.models import Decoder, DiffusionModel, ImageEncoder, TextEncoder
 from keras_sd.weights.assign import set_values, without_values
 from keras_sd.weights.files import atomic_file
@@ -204,7 +204,7 @@ def write_keras_cv(model, path, dtype="float32", metadata=None):
     """
     if dtype not in ("float32", "float16"):
         raise ValueError(f"KerasCV's .h5 files hold float32 or float16; got {dtype!r}.")
-    refuse_forms(model, "KerasCV's .h5")
+    refuse_int8(model, "KerasCV's .h5")
     layers = published_names(model)
     metadata = {"arguments": _arguments(model), **(metadata or {})}
     with atomic_file(path) as part, h5py.File(part, "w") as file:
@@ -331,13 +331,12 @@ def _topology(num_layers, num_arrays):
 # === Models ===
 
 
-def build_from_keras_cv(path, dtype=None, winograd=False, **arguments):
+def build_from_keras_cv(path, dtype=None, **arguments):
     """The model whose weights a file holds; widths are read off the arrays.
 
     Args:
         path: an `.h5` file of KerasCV.
         dtype: Keras dtype policy.
-        winograd: of a U-Net, see `DiffusionModel.use_winograd`.
         **arguments: of the model, in place of what the metadata and the arrays say.
 
     Raises:
@@ -350,8 +349,6 @@ def build_from_keras_cv(path, dtype=None, winograd=False, **arguments):
         raise ValueError(f"{str(path)!r} is not in the layout of a KerasCV model: a layer lacks arrays.") from None
     with without_values():
         model = cls(**{**widths, **read_metadata(path).get("arguments", {}), **arguments}, dtype=dtype)
-        if winograd:
-            model.use_winograd()
     _assign(model, layers, arrays, str(path))
     return model
 
@@ -416,8 +413,8 @@ def _assign(model, layers, arrays, source):
             raise ValueError(f"{source}: layer {layer} holds {len(own)} arrays; {len(places)} are needed.")
         for variable, array in zip(places, own):
             array = array.reshape(array.shape[2:]) if array.ndim == 4 and len(variable.shape) == 2 else array
-            if array.shape != (shape := shape_in_files(variable)):
-                raise ValueError(f"{source}: {variable.path} needs shape {shape}; got {array.shape}.")
+            if array.shape != tuple(variable.shape):
+                raise ValueError(f"{source}: {variable.path} needs shape {tuple(variable.shape)}; got {array.shape}.")
             values.append((variable, array))
     set_values(values)
 
